@@ -1,0 +1,5 @@
+"""Files: safetensors, Hugging Face checkpoints, GGUF, tokenizers; never a pickle."""
+
+from flora_jax.io.hf import load_hf, save_hf
+
+__all__ = ["load_hf", "save_hf"]
