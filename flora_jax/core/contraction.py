@@ -116,7 +116,7 @@ class Einsum(Contraction):
     def _letters(self):
         lhs, rhs, out = split_equation(self.equation)
         spec = self.spec
-        pick = lambda axes: "".join(rhs[a] for a in axes)  # noqa: E731
+        pick = lambda axes: "".join(rhs[a] for a in axes)
         batch, n_in, n_out = pick(spec.batch_axes), pick(spec.in_axes), pick(spec.out_axes)
         rest = "".join(c for c in lhs.replace("...", "") if c not in batch + n_in)
         dots = "..." if "..." in lhs else ""

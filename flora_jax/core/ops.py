@@ -73,8 +73,12 @@ def conv(
         shape,
         contraction.check_conv(strides, window, "strides"),
         padding if isinstance(padding, str) else tuple(map(tuple, padding)),
-        None if lhs_dilation is None else contraction.check_conv(lhs_dilation, window, "lhs_dilation"),
-        None if rhs_dilation is None else contraction.check_conv(rhs_dilation, window, "rhs_dilation"),
+        None
+        if lhs_dilation is None
+        else contraction.check_conv(lhs_dilation, window, "lhs_dilation"),
+        None
+        if rhs_dilation is None
+        else contraction.check_conv(rhs_dilation, window, "rhs_dilation"),
         groups,
         transpose,
         precision,

@@ -135,9 +135,13 @@ class Rules(Generic[T]):
         return {path: self.items[index][1] for path, index in hits.items() if index is not None}
 
     def _unused(self, pattern: str, paths: list[str], hits: Mapping[str, int | None]) -> str:
-        taken = [p for p in paths if re.fullmatch(pattern, p) or re.fullmatch(pattern, canonical(p))]
+        taken = [
+            p for p in paths if re.fullmatch(pattern, p) or re.fullmatch(pattern, canonical(p))
+        ]
         if taken:
             first = self.items[hits[taken[0]]][0]
             return f"rule {pattern!r} is never reached: {first!r} comes first for {taken[0]!r}"
         literal = re.sub(r"[\\^$.*+?()\[\]{}|]", "", pattern)
-        return f"rule {pattern!r} matches nothing; nearest paths: {', '.join(nearest(literal, paths))}"
+        return (
+            f"rule {pattern!r} matches nothing; nearest paths: {', '.join(nearest(literal, paths))}"
+        )

@@ -46,7 +46,9 @@ class KernelSpec:
             raise PlanError(f"kernel kind {self.kind!r} is not one of {', '.join(KINDS)}")
         axes = sorted(self.batch_axes + self.in_axes + self.out_axes)
         if axes != list(range(len(axes))):
-            raise PlanError(f"axes {axes} of a {self.kind} kernel must be 0..{len(axes) - 1}, once each")
+            raise PlanError(
+                f"axes {axes} of a {self.kind} kernel must be 0..{len(axes) - 1}, once each"
+            )
 
     @classmethod
     def dense(cls, n_in: int = 1, n_out: int = 1, *, stack_ndim: int = 0) -> KernelSpec:
@@ -93,7 +95,9 @@ class KernelSpec:
             elif letter in out:
                 axes["out"].append(axis)
             else:
-                raise PlanError(f"kernel letter {letter!r} of {equation!r} is summed away on its own")
+                raise PlanError(
+                    f"kernel letter {letter!r} of {equation!r} is summed away on its own"
+                )
         return cls(
             kind="einsum",
             in_axes=tuple(axes["in"]),
@@ -122,7 +126,7 @@ class KernelSpec:
 
     def sizes(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
         """``(batch, in, out)`` sizes of an unstacked kernel shape; groups count as batch."""
-        prod = lambda axes: math.prod(shape[a] for a in axes)  # noqa: E731
+        prod = lambda axes: math.prod(shape[a] for a in axes)
         out = prod(self.out_axes)
         if out % self.groups:
             raise PlanError(f"{out} output channels do not divide into {self.groups} groups")

@@ -82,7 +82,9 @@ class Einsum(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = weight(self, "kernel", self.kernel_init, self.shape, self.param_dtype)
-        y = ops.einsum(self.equation, x.astype(self.dtype or x.dtype), kernel, precision=self.precision)
+        y = ops.einsum(
+            self.equation, x.astype(self.dtype or x.dtype), kernel, precision=self.precision
+        )
         if self.bias_shape is not None:
             zeros = nn.initializers.zeros_init()
             bias = weight(self, "bias", zeros, self.bias_shape, self.param_dtype)
@@ -153,7 +155,9 @@ class RMSNorm(nn.Module):
         ones = nn.initializers.ones_init()
         scale = weight(self, "scale", ones, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        wide = wide * jax.lax.rsqrt(
+            jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon
+        )
         return (wide * ops.value(scale, wide.dtype)).astype(x.dtype)
 
 

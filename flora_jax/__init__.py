@@ -1,0 +1,26 @@
+"""flora_jax: parameter-efficient training as arithmetic on parameter pytrees."""
+
+from flora_jax import adapters as adapters
+from flora_jax.adapters import IA3 as IA3
+from flora_jax.adapters import NOLA as NOLA
+from flora_jax.adapters import DoRA as DoRA
+from flora_jax.adapters import FLoRA as FLoRA
+from flora_jax.adapters import Hydra as Hydra
+from flora_jax.adapters import LoRA as LoRA
+from flora_jax.adapters import OLoRA as OLoRA
+from flora_jax.adapters import PiSSA as PiSSA
+from flora_jax.adapters import Replace as Replace
+from flora_jax.adapters import VeRA as VeRA
+from flora_jax.core.bind import bind as bind
+from flora_jax.core.bind import combine as combine
+from flora_jax.core.bind import init as init
+from flora_jax.core.bind import materialize as materialize
+from flora_jax.core.bind import partition as partition
+from flora_jax.core.bind import rebase as rebase
+from flora_jax.core.bind import split as split
+from flora_jax.core.plan import Plan as Plan
+from flora_jax.core.plan import plan as plan
+from flora_jax.core.registry import methods as methods
+from flora_jax.core.spec import KernelSpec as KernelSpec
+
+__version__ = "0.1.0"

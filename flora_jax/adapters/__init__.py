@@ -1,0 +1,12 @@
+"""Weight adapters: one file per family, each registers itself."""
+
+from flora_jax.adapters.dora import DoRA as DoRA
+from flora_jax.adapters.flora import FLoRA as FLoRA
+from flora_jax.adapters.hydra import Hydra as Hydra
+from flora_jax.adapters.ia3 import IA3 as IA3
+from flora_jax.adapters.lora import LoRA as LoRA
+from flora_jax.adapters.nola import NOLA as NOLA
+from flora_jax.adapters.pissa import OLoRA as OLoRA
+from flora_jax.adapters.pissa import PiSSA as PiSSA
+from flora_jax.adapters.replace import Replace as Replace
+from flora_jax.adapters.vera import VeRA as VeRA

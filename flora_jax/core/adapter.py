@@ -1,0 +1,117 @@
+"""The weight-adapter protocol: hyper-parameters, init and an operator expression."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from typing import Any, ClassVar
+
+import jax
+
+from flora_jax.core.errors import ConfigError, PlanError, unknown
+from flora_jax.core.operators import Base, LinearMap
+from flora_jax.core.registry import lookup, name_of
+from flora_jax.core.spec import KernelSpec
+
+Params = dict[str, jax.Array]
+CONTRACTED = ("dense", "einsum", "conv", "conv_transpose", "embedding")
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """What an operator may look at besides its parameters.
+
+    Args:
+      base: the frozen weight as a map; ``base.weight`` is the leaf.
+      shape: the unstacked kernel shape.
+      dropout: key of this leaf and step while training, else None.
+      basis: key of this leaf's frozen random bases (methods with a ``seed``), else None.
+    """
+
+    base: Base
+    shape: tuple[int, ...]
+    dropout: jax.Array | None = None
+    basis: jax.Array | None = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """Base class of weight adapters: frozen, hashable hyper-parameters with pure methods.
+
+    Class attributes:
+      kinds: kernel kinds the method is defined for.
+      needs_base: ``init`` reads the weight's values (else it gets a ShapeDtypeStruct).
+      shared_basis: one random basis for all leaves instead of one per path.
+      dim_names: parameter name -> what each axis follows: ``in``, ``out``, ``batch``, ``kernel``
+        (all axes of the kernel as stored) or None; shardings are derived from it.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = CONTRACTED
+    needs_base: ClassVar[bool] = False
+    shared_basis: ClassVar[bool] = False
+    dim_names: ClassVar[dict[str, tuple[str | None, ...]]] = {}
+
+    def check(self, spec: KernelSpec, shape: tuple[int, ...]) -> None:
+        """Raise PlanError when the method does not fit an unstacked kernel shape."""
+        if spec.kind not in self.kinds:
+            raise PlanError(
+                f"{name_of(self)} takes {', '.join(self.kinds)} weights, this one is {spec.kind}"
+            )
+
+    def init(self, key: jax.Array, spec: KernelSpec, base: Any) -> tuple[Params, Params]:
+        """``(trained, frozen)`` arrays for one unstacked kernel."""
+        raise NotImplementedError
+
+    def operator(self, params: Params, spec: KernelSpec, ctx: Context) -> LinearMap:
+        """The adapted weight as an expression of ``ctx.base`` and the parameters."""
+        raise NotImplementedError
+
+    def bias(self, params: Params, bias: jax.Array, spec: KernelSpec) -> jax.Array | None:
+        """The layer's adapted bias, or None where the method leaves it alone."""
+        return None
+
+    def value(self, params: Params) -> jax.Array | None:
+        """The whole new leaf, for methods that replace it; None for operators."""
+        return None
+
+    def rebase(self, base: jax.Array, params: Params, spec: KernelSpec) -> tuple[jax.Array, Params]:
+        """Fold frozen parts into the weight: ``(new base, parameters without those parts)``."""
+        return base, params
+
+    def to_json(self) -> dict[str, Any]:
+        """``{"method": name, field: value ...}`` with every field."""
+        return {"method": name_of(self), **dataclasses.asdict(self)}
+
+
+def from_json(data: dict[str, Any]) -> Adapter:
+    """The inverse of :meth:`Adapter.to_json`.
+
+    Raises:
+      ConfigError: unknown method or field.
+    """
+    fields = dict(data)
+    cls = lookup("adapter", fields.pop("method", "?"))
+    known = {f.name for f in dataclasses.fields(cls)}
+    for name in fields:
+        if name not in known:
+            raise ConfigError(f"{cls.__name__}: " + unknown("field", name, known))
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+def check_rank(rank: int, spec: KernelSpec, shape: tuple[int, ...], name: str = "rank") -> None:
+    """Raise PlanError unless ``1 <= rank <= min(in, out)`` of the canonical kernel."""
+    _, n_in, n_out = spec.sizes(shape)
+    if not 1 <= rank <= min(n_in, n_out):
+        raise PlanError(
+            f"{name}={rank} is outside 1..{min(n_in, n_out)} of a {n_in}x{n_out} weight"
+        )
+
+
+def batch_dims(spec: KernelSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """``(B,)`` for a kernel with batch axes or groups, else ``()``."""
+    return spec.canonical_shape(shape)[:-2]
+
+
+def hints(cls: type) -> dict[str, Any]:
+    """Resolved field types of a dataclass."""
+    return typing.get_type_hints(cls)

@@ -1,0 +1,453 @@
+"""The operator algebra: structured linear maps ``x -> x M`` with ``M [in, out]``.
+
+An adapter returns an expression of these maps; the lazy application and the dense merge are both
+derived from it. Row-vector convention throughout: ``(A @ B)`` applies A first, its matrix is
+``A.dense() @ B.dense()``. With batch axes every matrix is ``[B, in, out]``.
+
+Three ways to use a map:
+  ``apply(inputs)``  first in a layer: contracts the layer's input (tokens, image, ids);
+  ``then(y)``        after that: acts on canonical activations ``[..., n]``, any kind of layer;
+  ``dense()``        the matrix; only :func:`flora_jax.materialize` and tests form it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.core.contraction import Contraction, mm, over_batch
+from flora_jax.core.errors import LazyError
+from flora_jax.core.leaf import Weight, attend, contract, dense
+from flora_jax.core.spec import KernelSpec
+
+
+@dataclasses.dataclass(eq=False)
+class Inputs:
+    """A layer's input: as the layer got it (``raw``) or entered and perhaps mapped since."""
+
+    how: Contraction
+    raw: Any = None
+    entered: Any = None
+
+    @property
+    def z(self) -> Any:
+        if self.entered is None:
+            self.entered = self.how.enter(self.raw)
+        return self.entered
+
+    def map(self, f) -> Inputs:
+        """The inputs with ``f`` applied on the channel axis."""
+        return Inputs(self.how, None, self.how.map_channels(self.z, f))
+
+
+class LinearMap:
+    """Base class of all maps; see the module docstring."""
+
+    def apply(self, inputs: Inputs) -> jax.Array:
+        kind = inputs.how.spec.kind
+        if kind not in ("dense", "einsum"):
+            raise LazyError(
+                f"{type(self).__name__} has no lazy rule as the first map of a {kind} kernel; "
+                "materialize() the weight or choose another adapter for this path"
+            )
+        return self.then(inputs.z)
+
+    def then(self, y: jax.Array) -> jax.Array:
+        raise NotImplementedError
+
+    def dense(self) -> jax.Array:
+        raise NotImplementedError
+
+    @property
+    def T(self) -> LinearMap:
+        raise NotImplementedError
+
+    def flops(self) -> int:
+        """Multiply-adds times two for one row of input."""
+        raise NotImplementedError
+
+    def __add__(self, other: LinearMap) -> Sum:
+        return Sum(*_terms(self), *_terms(other))
+
+    def __sub__(self, other: LinearMap) -> Sum:
+        return self + (-1.0) * other
+
+    def __rmul__(self, factor: Any) -> Scale:
+        return Scale(factor, self)
+
+    def __matmul__(self, other: LinearMap) -> Compose:
+        return Compose(*_stages(self), *_stages(other))
+
+
+def _terms(m: LinearMap) -> tuple[LinearMap, ...]:
+    return m.terms if isinstance(m, Sum) else (m,)
+
+
+def _stages(m: LinearMap) -> tuple[LinearMap, ...]:
+    return m.stages if isinstance(m, Compose) else (m,)
+
+
+def _swap(m: jax.Array) -> jax.Array:
+    return jnp.swapaxes(m, -1, -2)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Base(LinearMap):
+    """The frozen weight itself, array or low-bit leaf, in its stored layout."""
+
+    weight: Weight
+    spec: KernelSpec
+    transposed: bool = False
+
+    def apply(self, inputs):
+        if inputs.raw is not None:
+            return inputs.how.enter_out(contract(inputs.how, inputs.raw, self.weight))
+        return inputs.how.contract(inputs.z, self.dense())
+
+    def then(self, y):
+        if self.transposed and self.spec.kind == "embedding":
+            return attend(y, self.weight)
+        return mm(y, self.dense())
+
+    def dense(self):
+        matrix = self.spec.canonical(dense(self.weight))
+        return _swap(matrix) if self.transposed else matrix
+
+    @property
+    def T(self):
+        return dataclasses.replace(self, transposed=not self.transposed)
+
+    def flops(self):
+        return 2 * math.prod(self.spec.canonical_shape(tuple(self.weight.shape)))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Identity(LinearMap):
+    """``M = I`` of size ``n``."""
+
+    n: int
+
+    def then(self, y):
+        return y
+
+    def dense(self):
+        return jnp.eye(self.n)
+
+    @property
+    def T(self):
+        return self
+
+    def flops(self):
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Matrix(LinearMap):
+    """An explicit matrix ``[in, out]`` or ``[B, in, out]``."""
+
+    matrix: jax.Array
+
+    def apply(self, inputs):
+        return inputs.how.contract(inputs.z, self.matrix)
+
+    def then(self, y):
+        return mm(y, self.matrix)
+
+    def dense(self):
+        return self.matrix
+
+    @property
+    def T(self):
+        return Matrix(_swap(self.matrix))
+
+    def flops(self):
+        return 2 * self.matrix.size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LowRank(LinearMap):
+    """``M = a b`` with ``a [in, r]``, ``b [r, out]``; a convolution's ``a`` is a convolution."""
+
+    a: jax.Array
+    b: jax.Array
+
+    def apply(self, inputs):
+        return mm(inputs.how.contract(inputs.z, self.a), self.b)
+
+    def then(self, y):
+        return mm(mm(y, self.a), self.b)
+
+    def dense(self):
+        return jnp.matmul(self.a, self.b)
+
+    @property
+    def T(self):
+        return LowRank(_swap(self.b), _swap(self.a))
+
+    def flops(self):
+        return 2 * (self.a.size + self.b.size)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Diag(LinearMap):
+    """``M = diag(values)``, values ``[n]`` or ``[B, n]``."""
+
+    values: jax.Array
+
+    def then(self, y):
+        return y * over_batch(self.values, y)
+
+    def dense(self):
+        return self.values[..., None] * jnp.eye(self.values.shape[-1], dtype=self.values.dtype)
+
+    @property
+    def T(self):
+        return self
+
+    def flops(self):
+        return self.values.size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockDiag(LinearMap):
+    """``M = blockdiag(blocks)``, blocks ``[n, p, q]``."""
+
+    blocks: jax.Array
+
+    def then(self, y):
+        n, p, q = self.blocks.shape
+        z = y.reshape(*y.shape[:-1], n, p)
+        z = jnp.einsum("...np,npq->...nq", z, self.blocks.astype(y.dtype))
+        return z.reshape(*y.shape[:-1], n * q)
+
+    def dense(self):
+        return jax.scipy.linalg.block_diag(*self.blocks)
+
+    @property
+    def T(self):
+        return BlockDiag(_swap(self.blocks))
+
+    def flops(self):
+        return 2 * self.blocks.size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kron(LinearMap):
+    """``M = sum_k left_k (x) right_k``, left ``[k, m, n]``, right ``[k, p, q]``: ``[mp, nq]``."""
+
+    left: jax.Array
+    right: jax.Array
+
+    def then(self, y):
+        (_, m, n), (_, p, q) = self.left.shape, self.right.shape
+        z = y.reshape(*y.shape[:-1], m, p)
+        left, right = self.left.astype(y.dtype), self.right.astype(y.dtype)
+        z = jnp.einsum("...mp,kmn,kpq->...nq", z, left, right)
+        return z.reshape(*y.shape[:-1], n * q)
+
+    def dense(self):
+        return jax.vmap(jnp.kron)(self.left, self.right).sum(0)
+
+    @property
+    def T(self):
+        return Kron(_swap(self.left), _swap(self.right))
+
+    def flops(self):
+        (k, m, n), (_, p, q) = self.left.shape, self.right.shape
+        return 2 * k * (m * n * p + n * p * q)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sparse(LinearMap):
+    """``M[rows, cols] += values`` and zero elsewhere; ``size = (in, out)``."""
+
+    rows: jax.Array
+    cols: jax.Array
+    values: jax.Array
+    size: tuple[int, int]
+
+    def then(self, y):
+        picked = jnp.take(y, self.rows, axis=-1) * self.values.astype(y.dtype)
+        out = jnp.zeros((*y.shape[:-1], self.size[1]), y.dtype)
+        return out.at[..., self.cols].add(picked)
+
+    def dense(self):
+        return jnp.zeros(self.size, self.values.dtype).at[self.rows, self.cols].add(self.values)
+
+    @property
+    def T(self):
+        return Sparse(self.cols, self.rows, self.values, self.size[::-1])
+
+    def flops(self):
+        return 2 * self.values.size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Permute(LinearMap):
+    """``(x M)[j] = x[index[j]]``."""
+
+    index: jax.Array
+
+    def then(self, y):
+        return jnp.take(y, self.index, axis=-1)
+
+    def dense(self):
+        return jnp.eye(self.index.shape[0])[:, self.index]
+
+    @property
+    def T(self):
+        return Permute(jnp.argsort(self.index))
+
+    def flops(self):
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Channelwise(LinearMap):
+    """A map on the input channels of a layer: ``I_window (x) inner`` for a convolution."""
+
+    inner: LinearMap
+    window: int = 1
+
+    def apply(self, inputs):
+        raise LazyError("Channelwise acts on a layer's input; compose it with a kernel map")
+
+    def then(self, y):
+        return self.inner.then(y)
+
+    def dense(self):
+        matrix = self.inner.dense()
+        if self.window == 1:
+            return matrix
+        return jnp.kron(jnp.eye(self.window, dtype=matrix.dtype), matrix)
+
+    @property
+    def T(self):
+        return Channelwise(self.inner.T, self.window)
+
+    def flops(self):
+        return self.window * self.inner.flops()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dropout(LinearMap):
+    """Inverted dropout on a branch's input; the identity as a matrix."""
+
+    rate: float
+    key: jax.Array
+
+    def then(self, y):
+        keep = jax.random.bernoulli(self.key, 1.0 - self.rate, y.shape)
+        return jnp.where(keep, y / (1.0 - self.rate), jnp.zeros_like(y))
+
+    def dense(self):
+        raise LazyError("a map with active dropout has no matrix; bind without rng to merge")
+
+    @property
+    def T(self):
+        return self
+
+    def flops(self):
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scale(LinearMap):
+    """``factor * inner``; the factor is a scalar, possibly traced."""
+
+    factor: Any
+    inner: LinearMap
+
+    def _times(self, y):
+        return y * jnp.asarray(self.factor, y.dtype)
+
+    def apply(self, inputs):
+        return self._times(self.inner.apply(inputs))
+
+    def then(self, y):
+        return self._times(self.inner.then(y))
+
+    def dense(self):
+        return self._times(self.inner.dense())
+
+    @property
+    def T(self):
+        return Scale(self.factor, self.inner.T)
+
+    def flops(self):
+        return self.inner.flops()
+
+
+class Sum(LinearMap):
+    """``M = sum of the terms``."""
+
+    def __init__(self, *terms: LinearMap):
+        self.terms = terms
+
+    def apply(self, inputs):
+        return sum(term.apply(inputs) for term in self.terms)
+
+    def then(self, y):
+        return sum(term.then(y) for term in self.terms)
+
+    def dense(self):
+        return sum(term.dense() for term in self.terms)
+
+    @property
+    def T(self):
+        return Sum(*(term.T for term in self.terms))
+
+    def flops(self):
+        return sum(term.flops() for term in self.terms)
+
+
+class Compose(LinearMap):
+    """``M = stages[0] stages[1] ...``: the first stage sees the input first."""
+
+    def __init__(self, *stages: LinearMap):
+        self.stages = stages
+
+    def apply(self, inputs):
+        stages = list(self.stages)
+        while len(stages) > 1 and isinstance(stages[0], (Channelwise, Dropout)):
+            inputs = inputs.map(stages.pop(0).then)
+        y = stages[0].apply(inputs)
+        for stage in stages[1:]:
+            y = stage.then(y)
+        return y
+
+    def then(self, y):
+        for stage in self.stages:
+            y = stage.then(y)
+        return y
+
+    def dense(self):
+        matrix = self.stages[0].dense()
+        for stage in self.stages[1:]:
+            matrix = jnp.matmul(matrix, stage.dense())
+        return matrix
+
+    @property
+    def T(self):
+        return Compose(*(stage.T for stage in reversed(self.stages)))
+
+    def flops(self):
+        return sum(stage.flops() for stage in self.stages)
+
+
+def branch(inner: LinearMap, rate: float, key: jax.Array | None) -> LinearMap:
+    """A map with dropout on its input when a key is given."""
+    return inner if key is None or rate == 0.0 else Compose(Dropout(rate, key), inner)
+
+
+def delta(expression: LinearMap, base: Base) -> LinearMap:
+    """``expression - base``, without applying the base where it is a plain term of a sum."""
+    terms = _terms(expression)
+    if base in terms:
+        rest = [term for term in terms if term is not base]
+        return Sum(*rest)
+    return Sum(*terms, Scale(-1.0, base))

@@ -1,0 +1,124 @@
+"""The Tucker map: a core contracted with one factor per axis of the kernel."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.core.contraction import Conv, Lookup, mm
+from flora_jax.core.operators import LinearMap
+from flora_jax.core.spec import KernelSpec
+
+
+def expand(core: jax.Array, factors: list[jax.Array]) -> jax.Array:
+    """``core x_1 A_1 ... x_N A_N``: ``core [J_1..J_N]``, ``A_n [I_n, J_n]``, smallest axis first."""
+    order = sorted(range(core.ndim), key=lambda n: factors[n].shape[0])
+    for n in order:
+        core = jnp.moveaxis(jnp.tensordot(core, factors[n], (n, 1)), -1, n)
+    return core
+
+
+def _modes(x: jax.Array, factors: list[jax.Array], *, into_core: bool) -> jax.Array:
+    """Apply factors (``[I, J]``) to the trailing axes of ``x``, I to J or back."""
+    lead = x.ndim - len(factors)
+    for n, factor in enumerate(factors):
+        axis = lead + n
+        x = jnp.moveaxis(x, axis, -1)
+        x = mm(x, factor if into_core else factor.T)
+        x = jnp.moveaxis(x, -1, axis)
+    return x
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tucker(LinearMap):
+    """``M`` = the canonical form of ``core x_1 A_1 ... x_N A_N`` over the axes of the kernel.
+
+    Never forms the kernel: a dense kernel's input goes through the input factors, the core and the
+    output factors; a convolution is a chain 1x1 -> small window -> 1x1.
+
+    Args:
+      core: ``[J_1 ... J_N]``, axes in the order in which the kernel is stored.
+      factors: ``A_n [I_n, J_n]``, one per axis.
+      spec: which axes are batch, input and output.
+      transposed: the map from outputs to inputs.
+    """
+
+    core: jax.Array
+    factors: tuple[jax.Array, ...]
+    spec: KernelSpec
+    transposed: bool = False
+
+    def _pick(self, axes):
+        return [self.factors[a] for a in axes]
+
+    def _middle(self) -> jax.Array:
+        """The core as ``[in, out]`` (``[B, in, out]`` with the batch factors applied)."""
+        spec = self.spec
+        core = jnp.transpose(self.core, spec.batch_axes + spec.in_axes + spec.out_axes)
+        n_batch, n_in = len(spec.batch_axes), len(spec.in_axes)
+        for n, factor in enumerate(self._pick(spec.batch_axes)):
+            core = jnp.moveaxis(jnp.tensordot(core, factor, (n, 1)), -1, n)
+        shape = core.shape
+        flat = (math.prod(shape[n_batch : n_batch + n_in]), math.prod(shape[n_batch + n_in :]))
+        core = core.reshape((math.prod(shape[:n_batch]), *flat) if n_batch else flat)
+        return jnp.swapaxes(core, -1, -2) if self.transposed else core
+
+    def _ends(self):
+        ends = self._pick(self.spec.in_axes), self._pick(self.spec.out_axes)
+        return ends[::-1] if self.transposed else ends
+
+    def _flat(self, y: jax.Array, axes: int) -> jax.Array:
+        return y.reshape(*y.shape[: y.ndim - axes], math.prod(y.shape[y.ndim - axes :]))
+
+    def _out(self, y: jax.Array) -> jax.Array:
+        """From the flattened output core modes to canonical outputs."""
+        out = self._ends()[1]
+        y = y.reshape(*y.shape[:-1], *(factor.shape[1] for factor in out))
+        return self._flat(_modes(y, out, into_core=False), len(out))
+
+    def apply(self, inputs):
+        if isinstance(inputs.how, Conv):
+            return self._convolve(inputs.how, inputs.z)
+        if isinstance(inputs.how, Lookup):
+            z = inputs.how.contract(inputs.z, self.factors[0])
+            return self._out(mm(z, self._middle()))
+        return self.then(inputs.z)
+
+    def then(self, y):
+        into = self._ends()[0]
+        y = y.reshape(*y.shape[:-1], *(factor.shape[0] for factor in into))
+        y = self._flat(_modes(y, into, into_core=True), len(into))
+        return self._out(mm(y, self._middle()))
+
+    def _convolve(self, how: Conv, x: jax.Array) -> jax.Array:
+        """1x1 into the core's channels, the small window, 1x1 out; per group when grouped."""
+        *window, channels, out = self.factors
+        groups = how.groups
+        x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
+        x = self._flat(mm(x, channels), 2)
+        eyes = [jnp.eye(self.core.shape[n]) for n in (-2, -1)]
+        small = jnp.tile(expand(self.core, [*window, *eyes]), groups)
+        y = dataclasses.replace(how, shape=small.shape).convolve(x, small)
+        y = how.enter_out(y)
+        if groups == 1:
+            return mm(y, out.T)
+        per_group = out.reshape(groups, out.shape[0] // groups, out.shape[1])
+        return mm(y, jnp.swapaxes(per_group, 1, 2))
+
+    def kernel(self) -> jax.Array:
+        """The dense kernel in its stored layout."""
+        return expand(self.core, list(self.factors))
+
+    def dense(self):
+        matrix = self.spec.canonical(self.kernel())
+        return jnp.swapaxes(matrix, -1, -2) if self.transposed else matrix
+
+    @property
+    def T(self):
+        return dataclasses.replace(self, transposed=not self.transposed)
+
+    def flops(self):
+        return 2 * (sum(factor.size for factor in self.factors) + self.core.size)
