@@ -1,0 +1,170 @@
+"""Pieces that the encoders (BERT, ViT) share: attention, activations, the stack of layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flora_jax.core.errors import ConfigError, unknown
+from flora_jax.linen.layers import Dense
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+def check_choice(what: str, value: str, choices: Any) -> None:
+    """Raises ConfigError unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise ConfigError(unknown(what, value, choices))
+
+
+def check_heads(hidden_size: int, heads: int) -> None:
+    """Raises ConfigError unless the heads divide the width."""
+    if hidden_size % heads:
+        raise ConfigError(f"num_attention_heads={heads} does not divide hidden_size={hidden_size}")
+
+
+def kernel_init(std: float | None) -> nn.initializers.Initializer:
+    """Normal with the given deviation, or LeCun normal (``1/sqrt(in)``) for ``None``."""
+    return nn.initializers.lecun_normal() if std is None else nn.initializers.normal(std)
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, dropout: nn.Dropout
+) -> jax.Array:
+    """``softmax(q k^T / sqrt(H)) v`` over ``[B,T,N,H]``; the softmax runs in float32.
+
+    Args:
+      mask: ``[B,T]``, true where a key is a token; ``None`` attends everywhere.
+      dropout: applied to the attention probabilities; at rate 0 the fused attention is used.
+    """
+    keep = None if mask is None else mask.astype(bool)[:, None, None, :]
+    if dropout.deterministic or dropout.rate == 0:
+        return jax.nn.dot_product_attention(q, k, v, mask=keep)
+    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
+    logits = logits * q.shape[-1] ** -0.5
+    if keep is not None:
+        logits = jnp.where(keep, logits, jnp.finfo(logits.dtype).min)
+    probs = dropout(jax.nn.softmax(logits)).astype(q.dtype)
+    return jnp.einsum("bnts,bsnh->btnh", probs, v)
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """What a call decides for every submodule, beside the architecture."""
+
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    train: bool = False
+    collect: bool = False
+
+
+class SelfAttention(nn.Module):
+    """Query, key and value projections and the attention itself, ``[B,T,D] -> [B,T,D]``."""
+
+    heads: int
+    use_bias: bool
+    dropout: float
+    kernel_init: nn.initializers.Initializer
+    mode: Mode
+
+    @nn.compact
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+        def project(name: str) -> jax.Array:
+            dense = Dense(
+                x.shape[-1],
+                use_bias=self.use_bias,
+                param_dtype=self.mode.param_dtype,
+                kernel_init=self.kernel_init,
+                name=name,
+            )
+            return dense(x).reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
+
+        q, k, v = project("query"), project("key"), project("value")
+        dropout = nn.Dropout(self.dropout, deterministic=not self.mode.train)
+        return attend(q, k, v, mask, dropout).reshape(x.shape)
+
+
+def run_layers(
+    block: type[nn.Module],
+    length: int,
+    x: jax.Array,
+    *broadcast: Any,
+    remat: str,
+    scan: bool,
+    **fields: Any,
+) -> tuple[jax.Array, Any]:
+    """``length`` blocks after one another: one scanned component ``layers``, or ``layers_0 ...``.
+
+    A block maps ``(x, *broadcast) -> (x, y)``; the scanned parameters have a leading layer axis.
+
+    Args:
+      remat: ``none``, ``full`` (the backward pass keeps the layers' inputs only) or ``dots`` (it
+        keeps the results of the matrix products as well).
+
+    Returns:
+      The last ``x`` and the ``y`` stacked, ``None`` if they are ``None``.
+    """
+    if remat != "none":
+        # Inside a scan nothing can be merged across iterations, so the barrier is not needed.
+        block = nn.remat(block, policy=REMAT[remat], prevent_cse=not scan)
+    if scan:
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=nn.broadcast,
+            length=length,
+        )
+        return scanned(**fields, name="layers")(x, *broadcast)
+    each = []
+    for i in range(length):
+        x, y = block(**fields, name=f"layers_{i}")(x, *broadcast)
+        each.append(y)
+    return x, None if each[0] is None else jnp.stack(each)
+
+
+def pick(config_class: type, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options split into those of the config dataclass and the rest, those of the module."""
+    names = {field.name for field in dataclasses.fields(config_class)}
+    mine = {k: v for k, v in options.items() if k in names}
+    return mine, {k: v for k, v in options.items() if k not in names}
+
+
+def read_labels(config: Mapping[str, Any]) -> int:
+    """``num_labels`` of a ``config.json``: 0 unless its architecture is a classifier.
+
+    Hugging Face writes no ``num_labels`` and leaves the label names out when there are two.
+
+    >>> read_labels({"architectures": ["BertForSequenceClassification"]})
+    2
+    """
+    if not any("Classification" in name for name in config.get("architectures") or ()):
+        return 0
+    return int(config.get("num_labels") or len(config.get("id2label") or (0, 1)))
+
+
+def write_labels(num_labels: int) -> dict[str, Any]:
+    """The label names of a ``config.json``, from which ``num_labels`` is read."""
+    names = [f"LABEL_{i}" for i in range(num_labels)]
+    return {
+        "id2label": {str(i): name for i, name in enumerate(names)},
+        "label2id": {name: i for i, name in enumerate(names)},
+    }
