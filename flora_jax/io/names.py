@@ -106,7 +106,8 @@ class NameMap:
                 return Slot((name.replace("{layer}", index[1]),), False, rule.axes)
             names = tuple(name.replace("{layer}", str(i)) for i in range(shape[0]))
             return Slot(names, True, rule.axes)
-        raise StructureError(f"no name rule for {path!r}; rules: {', '.join(r.ours for r in self.rules)}")
+        known = ", ".join(rule.ours for rule in self.rules)
+        raise StructureError(f"no name rule for {path!r}; rules: {known}")
 
     def slots(self, shapes: Any) -> dict[str, Slot]:
         """``{our path: slot}`` for a tree of arrays or ``ShapeDtypeStruct``."""
@@ -150,8 +151,10 @@ def _present(table: NameMap, tensors: Mapping[str, Any]) -> dict[str, str]:
     return {name: name for name in tensors} | {table.prefix + name: name for name in tensors}
 
 
-def check_names(table: NameMap, shapes: Any, tensors: Mapping[str, Any], where: str) -> dict[str, str]:
-    """Every tensor we need is there, and nothing else; returns ``{full name: name in the file}``.
+def check_names(
+    table: NameMap, shapes: Any, tensors: Mapping[str, Any], where: str
+) -> dict[str, str]:
+    """Every tensor we need is there and nothing else; gives ``{full name: name in the file}``.
 
     Raises:
       StructureError: missing or extra tensors, or a copy that differs from its original.

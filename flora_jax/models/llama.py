@@ -1,0 +1,236 @@
+"""The Llama family of decoders: pre-norm blocks, rotary grouped-query attention, gated MLP.
+
+``h = h + o(attend(rope(q(n1 h)), rope(k(n1 h)), v(n1 h)))``, then
+``h = h + down(act(gate(n2 h)) * up(n2 h))``; logits are ``norm(h) E^T`` (tied) or ``norm(h) W``.
+Llama 1 (arXiv 2302.13971) to 3, SmolLM2, Mistral (2310.06825), Qwen2 (2407.10671), Qwen3.
+Component names are Hugging Face's; the blocks are scanned under ``layers``, so a kernel is
+``layers/self_attn/q_proj/kernel [L, in, out]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from flora_jax.core.errors import ConfigError, unknown
+from flora_jax.linen.layers import Dense, Embed, RMSNorm
+from flora_jax.models import decoder_attention, registry
+from flora_jax.models.llama_config import LlamaConfig
+from flora_jax.models.rope import rotate
+
+OUTPUTS = ("logits", "hidden")
+NO_WINDOW = 2**30
+_ACT = {
+    "silu": nn.silu,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": partial(nn.gelu, approximate=True),
+    "relu": nn.relu,
+}
+_POLICIES = {
+    "full": None,
+    "dots": jax.checkpoint_policies.checkpoint_dots,
+    "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
+}
+
+
+class Attention(nn.Module):
+    """Projections, rotation, the attention core and its cache."""
+
+    config: LlamaConfig
+    core: Callable[..., jax.Array]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Any, window: Any, shared: dict[str, Any]):
+        c = self.config
+        init = nn.initializers.normal(c.initializer_range)
+        dense = partial(Dense, kernel_init=init, param_dtype=jnp.dtype(c.param_dtype))
+        heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
+
+        def project(name: str, n: int) -> jax.Array:
+            y = dense(n * dim, use_bias=c.qkv_bias, name=name)(x)
+            return y.reshape(*y.shape[:-1], n, dim)
+
+        q, k = project("q_proj", heads), project("k_proj", kv_heads)
+        v = project("v_proj", kv_heads)
+        if c.qk_norm:
+            norm = partial(RMSNorm, c.rms_norm_eps, param_dtype=jnp.dtype(c.param_dtype))
+            q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
+        q, k = rotate(q, shared["cos"], shared["sin"]), rotate(k, shared["cos"], shared["sin"])
+        segments = shared["segment_ids"]
+        where = {"q_positions": shared["mask_positions"], "k_positions": shared["mask_positions"]}
+        if cache is not None:
+            cache = decoder_attention.write_cache(cache, k, v, shared["positions"])
+            k, v = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
+            where = {"q_positions": shared["positions"], "k_positions": None}
+        y = self.core(
+            q, k, v, **where, causal=True, window=window, q_segments=segments, k_segments=segments
+        )
+        y = y.reshape(*y.shape[:-2], heads * dim)
+        return dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(y), cache
+
+
+class MLP(nn.Module):
+    """``down(act(gate x) * up x)``."""
+
+    config: LlamaConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        dense = partial(
+            Dense,
+            use_bias=c.mlp_bias,
+            kernel_init=nn.initializers.normal(c.initializer_range),
+            param_dtype=jnp.dtype(c.param_dtype),
+        )
+        gate = dense(c.intermediate_size, name="gate_proj")(x)
+        up = dense(c.intermediate_size, name="up_proj")(x)
+        return dense(c.hidden_size, name="down_proj")(_ACT[c.hidden_act](gate) * up)
+
+
+class Block(nn.Module):
+    """One decoder layer; the carry is the residual stream ``[B, T, D]``."""
+
+    config: LlamaConfig
+    core: Callable[..., jax.Array]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cache: Any, window: Any, shared: dict[str, Any]):
+        c = self.config
+        norm = partial(RMSNorm, c.rms_norm_eps, param_dtype=jnp.dtype(c.param_dtype))
+        attention = Attention(c, self.core, name="self_attn")
+        y, cache = attention(norm(name="input_layernorm")(x), cache, window, shared)
+        x = x + y
+        return x + MLP(c, name="mlp")(norm(name="post_attention_layernorm")(x)), cache
+
+
+class Llama(nn.Module):
+    """A causal language model of the family.
+
+    Args:
+      config: the architecture and the numeric policy.
+      core: the attention core, :func:`flora_jax.models.decoder_attention.attend` or another
+        function of the same signature.
+
+    >>> model = Llama(LlamaConfig.tiny())
+    >>> params = registry.init(model, jax.random.key(0))
+    >>> params["layers"]["self_attn"]["k_proj"]["kernel"].shape
+    (2, 64, 32)
+    >>> model.apply({"params": params}, jnp.ones((3, 5), jnp.int32))[0].shape
+    (3, 5, 256)
+    """
+
+    config: LlamaConfig
+    core: Callable[..., jax.Array] = decoder_attention.attend
+
+    def setup(self):
+        c = self.config
+        dtype = jnp.dtype(c.param_dtype)
+        init = nn.initializers.normal(c.initializer_range)
+        self.embed_tokens = Embed(
+            c.vocab_size, c.hidden_size, jnp.dtype(c.dtype), dtype, embedding_init=init
+        )
+        block = Block
+        if c.remat != "none":
+            block = nn.remat(Block, policy=_POLICIES[c.remat], prevent_cse=not c.scan_layers)
+        if c.scan_layers:
+            mixed = len(set(c.windows)) > 1
+            scanned = nn.scan(
+                block,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=(0, 0 if mixed else nn.broadcast, nn.broadcast),
+                length=c.num_hidden_layers,
+            )
+            self.layers = scanned(c, self.core)
+        else:
+            self.layers = [block(c, self.core) for _ in range(c.num_hidden_layers)]
+        self.norm = RMSNorm(c.rms_norm_eps, param_dtype=dtype)
+        if not c.tie_word_embeddings:
+            self.lm_head = Dense(
+                c.vocab_size, use_bias=False, kernel_init=init, param_dtype=dtype
+            )
+
+    def __call__(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        cache: Any = None,
+        output: str = "logits",
+    ) -> tuple[jax.Array, Any]:
+        """``tokens [B, T] -> (logits [B, T, V] or hidden [B, T, D], cache)``.
+
+        Args:
+          positions: ``[B, T]``; 0, 1, 2 ... by default. With a cache they are also the slots that
+            are written, and a query sees the slots up to its own position.
+          segment_ids: ``[B, T]`` of packed sequences; a token sees its own segment only.
+          cache: of :meth:`init_cache`; returned with the new keys and values.
+          output: ``hidden`` stops before the head (see :meth:`head`).
+
+        Raises:
+          ConfigError: an unknown output, or a cache together with segments.
+        """
+        c = self.config
+        if output not in OUTPUTS:
+            raise ConfigError(unknown("output", output, OUTPUTS))
+        if cache is not None and segment_ids is not None:
+            raise ConfigError("a cache holds one sequence per row: segment_ids must be None")
+        counted = jnp.arange(tokens.shape[1])[None]
+        given = counted if positions is None else positions
+        cos, sin = c.rope.angles(given, c.head_dim)
+        shared = {
+            "cos": cos,
+            "sin": sin,
+            "positions": jnp.broadcast_to(given, tokens.shape),
+            # Order within a row decides what is seen, so that restarting positions are safe.
+            "mask_positions": counted,
+            "segment_ids": segment_ids,
+        }
+        x, cache = self._blocks(self.embed_tokens(tokens), cache, shared)
+        x = self.norm(x)
+        return (self.head(x) if output == "logits" else x), cache
+
+    def _blocks(self, x: jax.Array, cache: Any, shared: dict[str, Any]) -> tuple[jax.Array, Any]:
+        windows = self.config.windows
+        if self.config.scan_layers:
+            window = windows[0]
+            if len(set(windows)) > 1:
+                window = jnp.asarray([w or NO_WINDOW for w in windows])
+            return self.layers(x, cache, window, shared)
+        new = []
+        for i, layer in enumerate(self.layers):
+            x, one = layer(x, jax.tree.map(lambda a, i=i: a[i], cache), windows[i], shared)
+            new.append(one)
+        return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+
+    def head(self, hidden: jax.Array) -> jax.Array:
+        """``hidden [..., D] -> logits [..., V]``."""
+        if self.config.tie_word_embeddings:
+            return self.embed_tokens.attend(hidden)
+        return self.lm_head(hidden)
+
+    def init_cache(self, batch: int, max_len: int, dtype: Any = None) -> dict[str, jax.Array]:
+        """An empty cache of static shape ``[L, B, max_len, K, H]``."""
+        c = self.config
+        return decoder_attention.init_cache(
+            c.num_hidden_layers, batch, max_len, c.num_key_value_heads, c.head_dim, dtype or c.dtype
+        )
+
+    def to_hf(self) -> dict[str, Any]:
+        """The model's ``config.json``."""
+        return self.config.to_hf()
+
+    def dummy_inputs(self) -> tuple[jax.Array]:
+        """The smallest arguments of ``init``."""
+        return (jnp.zeros((1, 1), jnp.int32),)
+
+
+@registry.register("llama", "mistral", "qwen2", "qwen3")
+def _build(config: dict[str, Any], **options: Any) -> Llama:
+    return Llama(LlamaConfig.from_hf(config, **options))
