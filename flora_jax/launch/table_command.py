@@ -1,0 +1,26 @@
+"""Prints an experiment's table beside the paper's, draws its plot and checks its claims.
+
+Exit status 1 when a claim of expected.json fails or a run is not finished."""
+
+from __future__ import annotations
+
+import argparse
+
+from flora_jax.launch import catalogue
+from flora_jax.launch.experiment import Experiment
+from flora_jax.launch.sweep_command import add_experiment, folder
+from flora_jax.launch.table import table
+
+EXAMPLE = "flora table --experiment nola_flora"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_experiment(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    catalogue.register_all()
+    experiment = Experiment.find(options.experiment)
+    out = folder(options, experiment)
+    failed = table(experiment, out, extra=options.bindings, search_paths=options.gin_search_paths)
+    return 1 if failed else 0
