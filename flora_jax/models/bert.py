@@ -35,6 +35,10 @@ class BertConfig:
       pooling: what the head reads: ``pooler`` (tanh layer on the first token), ``mean`` (over
         tokens) or ``cls`` (the first token as it is).
       use_pooler: whether the parameters hold the pooler; ``pooling="pooler"`` needs it.
+      dtype, param_dtype: of the activations and of the parameters.
+      scan_layers: one scanned component ``layers`` or components ``layers_0``, ``layers_1`` ...
+      remat: what the backward pass recomputes: ``none``, ``full`` (all of a block), ``dots``
+        (all but products), ``dots_no_batch`` (all but products with a weight).
 
     >>> BertConfig.tiny(num_labels=3).hidden_size
     32
@@ -55,11 +59,16 @@ class BertConfig:
     num_labels: int = 0
     pooling: str = "pooler"
     use_pooler: bool = True
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan_layers: bool = True
+    remat: str = "none"
 
     def __post_init__(self):
         encoder.check_heads(self.hidden_size, self.num_attention_heads)
         encoder.check_choice("hidden_act", self.hidden_act, encoder.ACTIVATIONS)
         encoder.check_choice("pooling", self.pooling, POOLING)
+        encoder.check_choice("remat", self.remat, encoder.REMAT)
         if self.num_labels and self.pooling == "pooler" and not self.use_pooler:
             raise ConfigError("pooling='pooler' needs use_pooler=True; or pool by 'mean' or 'cls'")
 
@@ -98,14 +107,14 @@ class BertConfig:
                 "with absolute positions is"
             )
         names = {field.name for field in dataclasses.fields(cls)}
-        names -= {"hidden_dropout_prob", "attention_probs_dropout_prob"}
+        names -= {"hidden_dropout_prob", "attention_probs_dropout_prob", *encoder.POLICY}
         values = {name: config[name] for name in names if name in config}
         values["num_labels"] = encoder.read_labels(config)
         return cls(**(values | changes))
 
     def to_hf(self) -> dict[str, Any]:
         """The Hugging Face ``config.json`` of this model; :meth:`from_hf` reads it back."""
-        ours = {"num_labels", "pooling", "use_pooler"}
+        ours = {"num_labels", "pooling", "use_pooler", *encoder.POLICY}
         data = {k: v for k, v in dataclasses.asdict(self).items() if k not in ours}
         kind = "BertForSequenceClassification" if self.num_labels else "BertModel"
         data |= {"model_type": "bert", "architectures": [kind]}
@@ -118,13 +127,13 @@ class BertConfig:
         return data
 
 
-def _dense(cfg: BertConfig, mode: Mode, features: int, name: str) -> Dense:
+def _dense(cfg: BertConfig, features: int, name: str) -> Dense:
     init = encoder.kernel_init(cfg.initializer_range)
-    return Dense(features, param_dtype=mode.param_dtype, kernel_init=init, name=name)
+    return Dense(features, param_dtype=cfg.param_dtype, kernel_init=init, name=name)
 
 
-def _norm(cfg: BertConfig, mode: Mode) -> LayerNorm:
-    return LayerNorm(cfg.layer_norm_eps, mode.param_dtype, name="LayerNorm")
+def _norm(cfg: BertConfig) -> LayerNorm:
+    return LayerNorm(cfg.layer_norm_eps, cfg.param_dtype, name="LayerNorm")
 
 
 def _dropout(cfg: BertConfig, mode: Mode) -> nn.Dropout:
@@ -141,12 +150,14 @@ class _Embeddings(nn.Module):
 
         def table(size: int, name: str) -> Embed:
             init = encoder.kernel_init(cfg.initializer_range)
-            return Embed(size, cfg.hidden_size, mode.dtype, mode.param_dtype, init, name=name)
+            return Embed(
+                size, cfg.hidden_size, jnp.dtype(cfg.dtype), cfg.param_dtype, init, name=name
+            )
 
         x = table(cfg.vocab_size, "word_embeddings")(tokens)
         x = x + table(cfg.type_vocab_size, "token_type_embeddings")(token_types)
         x = x + table(cfg.max_position_embeddings, "position_embeddings")(positions)
-        return _dropout(cfg, mode)(_norm(cfg, mode)(x))
+        return _dropout(cfg, mode)(_norm(cfg)(x))
 
 
 class _Output(nn.Module):
@@ -158,8 +169,8 @@ class _Output(nn.Module):
     @nn.compact
     def __call__(self, x, residual):
         cfg, mode = self.config, self.mode
-        x = _dropout(cfg, mode)(_dense(cfg, mode, cfg.hidden_size, "dense")(x))
-        return _norm(cfg, mode)(x + residual)
+        x = _dropout(cfg, mode)(_dense(cfg, cfg.hidden_size, "dense")(x))
+        return _norm(cfg)(x + residual)
 
 
 class _Attention(nn.Module):
@@ -174,7 +185,8 @@ class _Attention(nn.Module):
             True,
             cfg.attention_probs_dropout_prob,
             encoder.kernel_init(cfg.initializer_range),
-            self.mode,
+            cfg.param_dtype,
+            self.mode.train,
             name="self",
         )
         return _Output(cfg, self.mode, name="output")(heads(x, mask), x)
@@ -182,12 +194,11 @@ class _Attention(nn.Module):
 
 class _Intermediate(nn.Module):
     config: BertConfig
-    mode: Mode
 
     @nn.compact
     def __call__(self, x):
         cfg = self.config
-        x = _dense(cfg, self.mode, cfg.intermediate_size, "dense")(x)
+        x = _dense(cfg, cfg.intermediate_size, "dense")(x)
         return encoder.ACTIVATIONS[cfg.hidden_act](x)
 
 
@@ -198,18 +209,17 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x, mask):
         x = _Attention(self.config, self.mode, name="attention")(x, mask)
-        wide = _Intermediate(self.config, self.mode, name="intermediate")(x)
+        wide = _Intermediate(self.config, name="intermediate")(x)
         x = _Output(self.config, self.mode, name="output")(wide, x)
         return x, (x if self.mode.collect else None)
 
 
 class _Pooler(nn.Module):
     config: BertConfig
-    mode: Mode
 
     @nn.compact
     def __call__(self, first):
-        return jnp.tanh(_dense(self.config, self.mode, self.config.hidden_size, "dense")(first))
+        return jnp.tanh(_dense(self.config, self.config.hidden_size, "dense")(first))
 
 
 def mean_pool(hidden: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -229,12 +239,6 @@ def mean_pool(hidden: jax.Array, mask: jax.Array | None) -> jax.Array:
 class Bert(nn.Module):
     """The BERT encoder with an optional pooler and classification head.
 
-    Args:
-      config: the architecture.
-      dtype, param_dtype: of the activations and of the parameters.
-      remat: ``none``, ``full`` or ``dots``: what the backward pass recomputes.
-      scan_layers: one scanned component ``layers``, or ``layers_0 ...`` unrolled.
-
     >>> model = Bert(BertConfig.tiny(num_labels=3))
     >>> tokens = jnp.ones((2, 7), jnp.int32)
     >>> variables = model.init(jax.random.key(0), tokens)
@@ -245,10 +249,6 @@ class Bert(nn.Module):
     """
 
     config: BertConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    remat: str = "none"
-    scan_layers: bool = True
 
     @nn.compact
     def __call__(
@@ -283,18 +283,18 @@ class Bert(nn.Module):
             positions = jnp.arange(tokens.shape[1])
         if token_types is None:
             token_types = jnp.zeros_like(tokens)
-        mode = Mode(self.dtype, self.param_dtype, train, output == "layers")
+        mode = Mode(train, output == "layers")
         x = _Embeddings(cfg, mode, name="embeddings")(tokens, positions, token_types)
-        how = {"remat": self.remat, "scan": self.scan_layers}
+        how = {"remat": cfg.remat, "scan": cfg.scan_layers}
         hidden, every = encoder.run_layers(
             _Layer, cfg.num_hidden_layers, x, mask, **how, config=cfg, mode=mode
         )
         pooled = {"hidden": hidden, "mean": mean_pool(hidden, mask), "cls": hidden[:, 0]}
         if cfg.use_pooler:
-            pooled["pooler"] = _Pooler(cfg, mode, name="pooler")(hidden[:, 0])
+            pooled["pooler"] = _Pooler(cfg, name="pooler")(hidden[:, 0])
         if cfg.num_labels:
             features = _dropout(cfg, mode)(pooled[cfg.pooling])
-            pooled["logits"] = _dense(cfg, mode, cfg.num_labels, "classifier")(features)
+            pooled["logits"] = _dense(cfg, cfg.num_labels, "classifier")(features)
         return jnp.concatenate([x[None], every]) if output == "layers" else pooled[output]
 
     def to_hf(self) -> dict[str, Any]:
@@ -308,7 +308,6 @@ class Bert(nn.Module):
     def _check(self, tokens: jax.Array, output: str) -> None:
         cfg = self.config
         encoder.check_choice("output", output, OUTPUTS)
-        encoder.check_choice("remat", self.remat, encoder.REMAT)
         if output == "logits" and not cfg.num_labels:
             raise ConfigError("output='logits' needs a head: set num_labels")
         if output == "pooler" and not cfg.use_pooler:
@@ -322,6 +321,5 @@ class Bert(nn.Module):
 
 @registry.register("bert")
 def build(config: Mapping[str, Any], **options: Any) -> Bert:
-    """:class:`Bert` for a ``config.json``; options are fields of :class:`BertConfig` or of it."""
-    changes, fields = encoder.pick(BertConfig, options)
-    return Bert(BertConfig.from_hf(config, **changes), **fields)
+    """:class:`Bert` for a ``config.json``; options are fields of :class:`BertConfig`."""
+    return Bert(BertConfig.from_hf(config, **options))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,6 +26,7 @@ class ConvNetConfig:
       readout: ``mean`` (over the image) or ``flatten``.
       hidden: widths of dense layers between the readout and the head.
       norm: ``none`` or ``layer`` (over channels, before each activation).
+      dtype, param_dtype: of the activations and of the parameters.
 
     >>> ConvNetConfig(channels=(8, 8), hidden=(32,)).readout
     'mean'
@@ -41,6 +41,8 @@ class ConvNetConfig:
     activation: str = "relu"
     norm: str = "none"
     use_bias: bool = True
+    dtype: str = "float32"
+    param_dtype: str = "float32"
 
     def __post_init__(self):
         object.__setattr__(self, "channels", tuple(self.channels))
@@ -63,8 +65,6 @@ class ConvNet(nn.Module):
     """
 
     config: ConvNetConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, *, output: str = "logits") -> jax.Array:
@@ -75,12 +75,9 @@ class ConvNet(nn.Module):
         """
         cfg = self.config
         encoder.check_choice("output", output, OUTPUTS)
-        x = images.astype(self.dtype)
+        x = images.astype(jnp.dtype(cfg.dtype))
         for i, channels in enumerate(cfg.channels):
-            window = (cfg.window, cfg.window)
-            conv = Conv(channels, window, use_bias=cfg.use_bias, param_dtype=self.param_dtype,
-                        name=f"conv_{i}")  # fmt: skip
-            x = self._activate(conv(x), f"conv_norm_{i}")
+            x = self._activate(self._conv(channels, f"conv_{i}")(x), f"conv_norm_{i}")
             if cfg.pool_every and (i + 1) % cfg.pool_every == 0:
                 if min(x.shape[1:3]) < 2:
                     raise ConfigError(f"nothing is left to pool after conv_{i}: {x.shape[1:3]}")
@@ -91,11 +88,17 @@ class ConvNet(nn.Module):
         logits = self._dense(cfg.num_labels, "head")(x)
         return logits if output == "logits" else x
 
+    def _conv(self, features: int, name: str) -> Conv:
+        cfg = self.config
+        window = (cfg.window, cfg.window)
+        kw = {"use_bias": cfg.use_bias, "param_dtype": cfg.param_dtype}
+        return Conv(features, window, **kw, name=name)
+
     def _dense(self, features: int, name: str) -> Dense:
         cfg = self.config
-        return Dense(features, cfg.use_bias, param_dtype=self.param_dtype, name=name)
+        return Dense(features, cfg.use_bias, param_dtype=cfg.param_dtype, name=name)
 
     def _activate(self, x: jax.Array, norm: str) -> jax.Array:
         if self.config.norm == "layer":
-            x = LayerNorm(param_dtype=self.param_dtype, name=norm)(x)
+            x = LayerNorm(param_dtype=self.config.param_dtype, name=norm)(x)
         return encoder.ACTIVATIONS[self.config.activation](x)

@@ -25,8 +25,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 REMAT = {
     "none": None,
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.checkpoint_dots,
+    "dots_no_batch": jax.checkpoint_policies.checkpoint_dots_with_no_batch_dims,
 }
+
+
+POLICY = ("dtype", "param_dtype", "scan_layers", "remat")
+"""Fields of a config that say how it is computed, not what: no file holds them."""
 
 
 def check_choice(what: str, value: str, choices: Any) -> None:
@@ -68,10 +73,8 @@ def attend(
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """What a call decides for every submodule, beside the architecture."""
+    """What a call asks of every submodule: dropout on, every layer's output kept."""
 
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
     train: bool = False
     collect: bool = False
 
@@ -83,7 +86,8 @@ class SelfAttention(nn.Module):
     use_bias: bool
     dropout: float
     kernel_init: nn.initializers.Initializer
-    mode: Mode
+    param_dtype: Any
+    train: bool
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -91,14 +95,14 @@ class SelfAttention(nn.Module):
             dense = Dense(
                 x.shape[-1],
                 use_bias=self.use_bias,
-                param_dtype=self.mode.param_dtype,
+                param_dtype=self.param_dtype,
                 kernel_init=self.kernel_init,
                 name=name,
             )
             return dense(x).reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
 
         q, k, v = project("query"), project("key"), project("value")
-        dropout = nn.Dropout(self.dropout, deterministic=not self.mode.train)
+        dropout = nn.Dropout(self.dropout, deterministic=not self.train)
         return attend(q, k, v, mask, dropout).reshape(x.shape)
 
 
@@ -116,8 +120,8 @@ def run_layers(
     A block maps ``(x, *broadcast) -> (x, y)``; the scanned parameters have a leading layer axis.
 
     Args:
-      remat: ``none``, ``full`` (the backward pass keeps the layers' inputs only) or ``dots`` (it
-        keeps the results of the matrix products as well).
+      remat: a key of ``REMAT``, what the backward pass recomputes: nothing, all of a block, all
+        but products (``dots``), all but products with a weight (``dots_no_batch``).
 
     Returns:
       The last ``x`` and the ``y`` stacked, ``None`` if they are ``None``.
@@ -139,13 +143,6 @@ def run_layers(
         x, y = block(**fields, name=f"layers_{i}")(x, *broadcast)
         each.append(y)
     return x, None if each[0] is None else jnp.stack(each)
-
-
-def pick(config_class: type, options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options split into those of the config dataclass and the rest, those of the module."""
-    names = {field.name for field in dataclasses.fields(config_class)}
-    mine = {k: v for k, v in options.items() if k in names}
-    return mine, {k: v for k, v in options.items() if k not in names}
 
 
 def read_labels(config: Mapping[str, Any]) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -26,6 +25,7 @@ class MLPConfig:
         (a deep linear network).
       norm: ``none`` or ``layer`` (before each activation).
       init_std: deviation of the normal init of the kernels; ``None`` is LeCun normal.
+      dtype, param_dtype: of the activations and of the parameters.
     """
 
     sizes: tuple[int, ...] = (784, 256, 256, 10)
@@ -33,6 +33,8 @@ class MLPConfig:
     use_bias: bool = True
     norm: str = "none"
     init_std: float | None = None
+    dtype: str = "float32"
+    param_dtype: str = "float32"
 
     def __post_init__(self):
         object.__setattr__(self, "sizes", tuple(self.sizes))
@@ -52,8 +54,6 @@ class MLP(nn.Module):
     """
 
     config: MLPConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, output: str = "logits") -> jax.Array | list[jax.Array]:
@@ -71,12 +71,12 @@ class MLP(nn.Module):
         if x.shape[-1] != cfg.sizes[0]:
             raise ConfigError(f"input {x.shape} does not end in sizes[0]={cfg.sizes[0]}")
         act = encoder.ACTIVATIONS.get(cfg.activation, lambda x: x)
-        x = x.astype(self.dtype)
+        x = x.astype(jnp.dtype(cfg.dtype))
         layers = []
         for i, width in enumerate(cfg.sizes[1:-1]):
             x = self._dense(width, f"dense_{i}")(x)
             if cfg.norm == "layer":
-                x = LayerNorm(param_dtype=self.param_dtype, name=f"norm_{i}")(x)
+                x = LayerNorm(param_dtype=cfg.param_dtype, name=f"norm_{i}")(x)
             x = act(x)
             layers.append(x)
         logits = self._dense(cfg.sizes[-1], "head")(x)
@@ -87,7 +87,7 @@ class MLP(nn.Module):
         return Dense(
             features,
             cfg.use_bias,
-            param_dtype=self.param_dtype,
+            param_dtype=cfg.param_dtype,
             kernel_init=encoder.kernel_init(cfg.init_std),
             name=name,
         )

@@ -28,14 +28,13 @@ from flora_jax.models.vit_config import POOLING, ViTConfig
 OUTPUTS = ("hidden", "layers", "logits", *POOLING)
 
 
-def _dense(cfg: ViTConfig, mode: Mode, features: int, name: str) -> Dense:
+def _dense(cfg: ViTConfig, features: int, name: str) -> Dense:
     init = encoder.kernel_init(cfg.initializer_range)
-    return Dense(features, param_dtype=mode.param_dtype, kernel_init=init, name=name)
+    return Dense(features, param_dtype=cfg.param_dtype, kernel_init=init, name=name)
 
 
 class _Projection(nn.Module):
     config: ViTConfig
-    mode: Mode
 
     @nn.compact
     def __call__(self, images):
@@ -45,7 +44,7 @@ class _Projection(nn.Module):
             (cfg.patch_size, cfg.patch_size),
             strides=cfg.patch_size,
             padding="VALID",
-            param_dtype=self.mode.param_dtype,
+            param_dtype=cfg.param_dtype,
             kernel_init=encoder.kernel_init(cfg.initializer_range),
             name="projection",
         )
@@ -58,8 +57,8 @@ class _Embeddings(nn.Module):
 
     @nn.compact
     def __call__(self, images, masked):
-        cfg, d, dtype = self.config, self.config.hidden_size, self.mode.dtype
-        x = _Projection(cfg, self.mode, name="patch_embeddings")(images.astype(dtype))
+        cfg, d, dtype = self.config, self.config.hidden_size, jnp.dtype(self.config.dtype)
+        x = _Projection(cfg, name="patch_embeddings")(images.astype(dtype))
         batch, height, width, _ = x.shape
         x = x.reshape(batch, height * width, d)
         if cfg.use_mask_token:
@@ -76,16 +75,15 @@ class _Embeddings(nn.Module):
         return nn.Dropout(cfg.hidden_dropout_prob, deterministic=not self.mode.train)(x)
 
     def _vector(self, name, shape, init):
-        return ops.value(weight(self, name, init, shape, self.mode.param_dtype))
+        return ops.value(weight(self, name, init, shape, self.config.param_dtype))
 
 
 class _AttentionOutput(nn.Module):
     config: ViTConfig
-    mode: Mode
 
     @nn.compact
     def __call__(self, x):
-        return _dense(self.config, self.mode, self.config.hidden_size, "dense")(x)
+        return _dense(self.config, self.config.hidden_size, "dense")(x)
 
 
 class _Attention(nn.Module):
@@ -100,20 +98,20 @@ class _Attention(nn.Module):
             cfg.qkv_bias,
             cfg.attention_probs_dropout_prob,
             encoder.kernel_init(cfg.initializer_range),
-            self.mode,
+            cfg.param_dtype,
+            self.mode.train,
             name="attention",
         )
-        return _AttentionOutput(cfg, self.mode, name="output")(heads(x, None))
+        return _AttentionOutput(cfg, name="output")(heads(x, None))
 
 
 class _MLP(nn.Module):
     config: ViTConfig
-    mode: Mode
 
     @nn.compact
     def __call__(self, x):
         cfg = self.config
-        dense = lambda features, name: _dense(cfg, self.mode, features, name)  # noqa: E731
+        dense = lambda features, name: _dense(cfg, features, name)  # noqa: E731
         if cfg.use_swiglu_ffn:
             gate, up = jnp.split(dense(cfg.intermediate_size, "weights_in")(x), 2, axis=-1)
             return dense(cfg.hidden_size, "weights_out")(jax.nn.silu(gate) * up)
@@ -141,37 +139,30 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x):
         x = x + self._branch(_Attention(self.config, self.mode, name="attention"), x, 1)
-        x = x + self._branch(_MLP(self.config, self.mode, name="mlp"), x, 2)
+        x = x + self._branch(_MLP(self.config, name="mlp"), x, 2)
         return x, (x if self.mode.collect else None)
 
     def _branch(self, block, x, number):
         cfg, still = self.config, not self.mode.train
-        norm = LayerNorm(cfg.layer_norm_eps, self.mode.param_dtype, name=f"norm{number}")
+        norm = LayerNorm(cfg.layer_norm_eps, cfg.param_dtype, name=f"norm{number}")
         x = nn.Dropout(cfg.hidden_dropout_prob, deterministic=still)(block(norm(x)))
         if cfg.layerscale_value is not None:
             name = f"layer_scale{number}"
-            x = LayerScale(cfg.layerscale_value, self.mode.param_dtype, name=name)(x)
+            x = LayerScale(cfg.layerscale_value, cfg.param_dtype, name=name)(x)
         # One draw for a whole example: stochastic depth (arXiv 1603.09382).
         return nn.Dropout(cfg.drop_path_rate, broadcast_dims=(1, 2), deterministic=still)(x)
 
 
 class _Pooler(nn.Module):
     config: ViTConfig
-    mode: Mode
 
     @nn.compact
     def __call__(self, first):
-        return jnp.tanh(_dense(self.config, self.mode, self.config.hidden_size, "dense")(first))
+        return jnp.tanh(_dense(self.config, self.config.hidden_size, "dense")(first))
 
 
 class ViT(nn.Module):
     """A vision transformer over channels-last images, with an optional classification head.
-
-    Args:
-      config: the architecture.
-      dtype, param_dtype: of the activations and of the parameters.
-      remat: ``none``, ``full`` or ``dots``: what the backward pass recomputes.
-      scan_layers: one scanned component ``layers``, or ``layers_0 ...`` unrolled.
 
     >>> model = ViT(ViTConfig.tiny())
     >>> images = jnp.ones((2, 8, 8, 1))
@@ -183,10 +174,6 @@ class ViT(nn.Module):
     """
 
     config: ViTConfig
-    dtype: Any = jnp.float32
-    param_dtype: Any = jnp.float32
-    remat: str = "none"
-    scan_layers: bool = True
 
     @nn.compact
     def __call__(
@@ -214,16 +201,16 @@ class ViT(nn.Module):
         cfg = self.config
         output = output or ("logits" if cfg.num_labels else "hidden")
         self._check(images, masked, output)
-        mode = Mode(self.dtype, self.param_dtype, train, output == "layers")
+        mode = Mode(train, output == "layers")
         x = _Embeddings(cfg, mode, name="embeddings")(images, masked)
-        how = {"remat": self.remat, "scan": self.scan_layers}
+        how = {"remat": cfg.remat, "scan": cfg.scan_layers}
         hidden, every = encoder.run_layers(
             _Layer, cfg.num_hidden_layers, x, **how, config=cfg, mode=mode
         )
-        hidden = LayerNorm(cfg.layer_norm_eps, self.param_dtype, name="layernorm")(hidden)
-        pooled = self._pool(hidden, mode)
+        hidden = LayerNorm(cfg.layer_norm_eps, cfg.param_dtype, name="layernorm")(hidden)
+        pooled = self._pool(hidden)
         if cfg.num_labels:
-            head = _dense(cfg, mode, cfg.num_labels, "classifier")
+            head = _dense(cfg, cfg.num_labels, "classifier")
             pooled["logits"] = head(pooled[cfg.pooling])
         return jnp.concatenate([x[None], every]) if output == "layers" else pooled[output]
 
@@ -236,19 +223,18 @@ class ViT(nn.Module):
         side = self.config.patch_size
         return (jnp.zeros((1, side, side, self.config.num_channels)),)
 
-    def _pool(self, hidden, mode):
+    def _pool(self, hidden):
         cls, patches = hidden[:, 0], hidden[:, 1:]
         mean = patches.mean(axis=1, dtype=jnp.float32).astype(hidden.dtype)
         pooled = {"hidden": hidden, "cls": cls, "mean": mean}
         pooled["cls_mean"] = jnp.concatenate([cls, mean], axis=-1)
         if self.config.use_pooler:
-            pooled["pooler"] = _Pooler(self.config, mode, name="pooler")(cls)
+            pooled["pooler"] = _Pooler(self.config, name="pooler")(cls)
         return pooled
 
     def _check(self, images, masked, output):
         cfg = self.config
         encoder.check_choice("output", output, OUTPUTS)
-        encoder.check_choice("remat", self.remat, encoder.REMAT)
         if output == "logits" and not cfg.num_labels:
             raise ConfigError("output='logits' needs a head: set num_labels")
         if output == "pooler" and not cfg.use_pooler:
@@ -265,6 +251,5 @@ class ViT(nn.Module):
 
 @registry.register("vit", "dinov2")
 def build(config: Mapping[str, Any], **options: Any) -> ViT:
-    """:class:`ViT` for a ``config.json``; options are fields of :class:`ViTConfig` or of it."""
-    changes, fields = encoder.pick(ViTConfig, options)
-    return ViT(ViTConfig.from_hf(config, **changes), **fields)
+    """:class:`ViT` for a ``config.json``; options are fields of :class:`ViTConfig`."""
+    return ViT(ViTConfig.from_hf(config, **options))

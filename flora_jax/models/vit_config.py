@@ -26,6 +26,10 @@ class ViTConfig:
       num_labels: width of the classification head ``classifier``; 0 for none.
       pooling: what the head reads: ``cls``, ``mean`` (of the patches), ``cls_mean`` (both, joined)
         or ``pooler`` (tanh layer on cls; needs ``use_pooler``).
+      dtype, param_dtype: of the activations and of the parameters.
+      scan_layers: one scanned component ``layers`` or components ``layers_0``, ``layers_1`` ...
+      remat: what the backward pass recomputes: ``none``, ``full`` (all of a block), ``dots``
+        (all but products), ``dots_no_batch`` (all but products with a weight).
 
     >>> ViTConfig.tiny().grid
     4
@@ -51,11 +55,16 @@ class ViTConfig:
     use_pooler: bool = False
     num_labels: int = 0
     pooling: str = "cls"
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    scan_layers: bool = True
+    remat: str = "none"
 
     def __post_init__(self):
         encoder.check_heads(self.hidden_size, self.num_attention_heads)
         encoder.check_choice("hidden_act", self.hidden_act, encoder.ACTIVATIONS)
         encoder.check_choice("pooling", self.pooling, POOLING)
+        encoder.check_choice("remat", self.remat, encoder.REMAT)
         if self.image_size % self.patch_size:
             raise ConfigError(
                 f"patch_size={self.patch_size} does not divide image_size={self.image_size}"
@@ -118,6 +127,7 @@ class ViTConfig:
         values = dict(_HF_DEFAULTS[kind])
         names = {field.name for field in dataclasses.fields(cls)}
         names -= {"hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"}
+        names -= set(encoder.POLICY)
         values |= {name: config[name] for name in names if name in config}
         for name in ("image_size", "patch_size"):
             values[name] = _side(name, values.get(name, getattr(cls, name)))
@@ -139,7 +149,7 @@ class ViTConfig:
         """
         kind = "vit" if self.layerscale_value is None else "dinov2"
         self._check_hf(kind)
-        ours = {"num_labels", "pooling", "use_pooler"}
+        ours = {"num_labels", "pooling", "use_pooler", *encoder.POLICY}
         data = {k: v for k, v in dataclasses.asdict(self).items() if k not in ours}
         if kind == "vit":
             for name in ("layerscale_value", "use_swiglu_ffn", "use_mask_token", "drop_path_rate"):
