@@ -1,0 +1,227 @@
+"""Losses ``loss(bound, batch, rng, train) -> (sum, weight, aux)``: sums, so that batches add up.
+
+``bound`` is the parameter tree with its adapters (``flora_jax.bind``), ``aux`` a dict of sums that
+the step divides by ``weight`` too. A mean is formed once, at the end, over everything summed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.core.errors import ConfigError, unknown
+
+Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
+
+
+class Loss(Protocol):
+    """What :func:`flora_jax.training.make_step` and the evaluators call."""
+
+    def __call__(self, bound: Any, batch: Mapping[str, Any], rng: Any, train: bool) -> Sums: ...
+
+
+def token_losses(
+    logits: jax.Array, targets: jax.Array, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> tuple[jax.Array, jax.Array]:
+    """Cross-entropy of each position: ``-(1-e) log p[t] - e/V sum_v log p[v] + z (log Z)^2``.
+
+    Args:
+      logits: ``[..., V]``; the arithmetic is float32.
+      targets: ``[...]`` int.
+      label_smoothing: ``e`` of the formula.
+      z_loss: ``z`` of the formula (PaLM, arXiv 2204.02311).
+
+    Returns:
+      ``(loss, nll)``, both ``[...]``; ``nll`` is the plain ``-log p[t]``.
+
+    >>> loss, nll = token_losses(jnp.zeros((2, 4)), jnp.array([0, 3]))
+    >>> bool(jnp.allclose(loss, jnp.log(4.0)))
+    True
+    """
+    logits = logits.astype(jnp.float32)
+    log_z = jax.nn.logsumexp(logits, axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    nll = log_z - picked
+    loss = nll
+    if label_smoothing:
+        uniform = log_z - jnp.mean(logits, axis=-1)
+        loss = (1.0 - label_smoothing) * nll + label_smoothing * uniform
+    if z_loss:
+        loss = loss + z_loss * jnp.square(log_z)
+    return loss, nll
+
+
+def _chunks(x: jax.Array, size: int) -> jax.Array:
+    """``[B, T, ...] -> [ceil(T / size), B, size, ...]``, zero-padded; B stays whole."""
+    pad = -x.shape[1] % size
+    x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+
+def chunked_cross_entropy(
+    head: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    targets: jax.Array,
+    mask: jax.Array,
+    *,
+    chunk: int | None = 128,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Sums:
+    """Masked vocabulary cross-entropy without ever holding logits ``[B, T, V]``.
+
+    Positions go through the head ``chunk`` at a time in a rematerialised ``lax.scan`` body, so the
+    peak is ``[B, chunk, V]`` in the forward and in the backward pass. Chunks run over T and
+    not over B*T: per-example adapters keep their batch axis and a sharded batch stays in place.
+
+    Args:
+      head: ``[B, t, D] -> [B, t, V]`` logits.
+      hidden: ``[B, T, D]``.
+      targets, mask: ``[B, T]`` int and float; ``mask`` weighs each position.
+      chunk: positions at a time; None computes all logits at once.
+      label_smoothing, z_loss: see :func:`token_losses`.
+
+    Returns:
+      ``(sum, weight, aux)`` with sums ``nll`` and ``accuracy`` in ``aux``.
+
+    Raises:
+      ConfigError: ``chunk`` is not positive.
+    """
+    if chunk is not None and chunk < 1:
+        raise ConfigError(f"chunk={chunk}: the positions per chunk must be at least 1, or None")
+
+    def sums(h: jax.Array, t: jax.Array, m: jax.Array) -> jax.Array:
+        logits = head(h)
+        loss, nll = token_losses(logits, t, label_smoothing=label_smoothing, z_loss=z_loss)
+        right = (jnp.argmax(logits, axis=-1) == t).astype(jnp.float32)
+        # where, not a product: a masked position may hold anything, even Inf
+        return jnp.stack([jnp.sum(jnp.where(m > 0, m * v, 0.0)) for v in (loss, nll, right)])
+
+    mask = mask.astype(jnp.float32)
+    if chunk is None or chunk >= hidden.shape[1]:
+        total = sums(hidden, targets, mask)
+    else:
+        body = jax.checkpoint(sums, prevent_cse=False)
+        xs = tuple(_chunks(x, chunk) for x in (hidden, targets, mask))
+        init = jnp.zeros((3,), jnp.float32)
+        total, _ = jax.lax.scan(lambda carry, x: (carry + body(*x), None), init, xs)
+    return total[0], jnp.sum(mask), {"nll": total[1], "accuracy": total[2]}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CausalLM:
+    """Next-token cross-entropy of a decoder; batch keys ``tokens, targets, loss_mask`` ``[B, T]``.
+
+    Optional batch keys: ``positions`` and ``segment_ids`` ``[B, T]`` of packed rows.
+
+    Args:
+      model: ``model.apply({"params": p}, tokens, positions=, segment_ids=, output="hidden")`` gives
+        ``(hidden, cache)`` and ``model.apply(..., hidden, method="head")`` gives logits.
+      chunk: positions per chunk of the head; None for the plain form.
+      label_smoothing, z_loss: see :func:`token_losses`.
+    """
+
+    model: Any
+    chunk: int | None = 128
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+    def __call__(self, bound, batch, rng, train) -> Sums:
+        variables = {"params": bound}
+        hidden, _ = self.model.apply(
+            variables,
+            batch["tokens"],
+            positions=batch.get("positions"),
+            segment_ids=batch.get("segment_ids"),
+            output="hidden",
+        )
+        targets = batch["targets"]
+        mask = batch.get("loss_mask")
+        return chunked_cross_entropy(
+            lambda h: self.model.apply(variables, h, method="head"),
+            hidden,
+            targets,
+            jnp.ones(targets.shape, jnp.float32) if mask is None else mask,
+            chunk=self.chunk,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+        )
+
+
+def _inputs(batch: Mapping[str, Any], keys: tuple[str, ...]) -> list[Any]:
+    for key in keys:
+        if key not in batch:
+            raise ConfigError(unknown("batch key", key, batch))
+    return [batch[key] for key in keys]
+
+
+def _weights(batch: Mapping[str, Any], like: jax.Array) -> jax.Array:
+    """Per-example weights ``[B]``: the batch's ``weight`` (0 for padding rows) or ones."""
+    weight = batch.get("weight")
+    return jnp.ones(like.shape[:1], jnp.float32) if weight is None else weight.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Classification:
+    """Softmax cross-entropy of ``model(*inputs) [B, C]`` against integer labels ``[B]``.
+
+    Args:
+      model: a Linen module, or anything with ``apply({"params": p}, *inputs)``.
+      inputs: batch keys passed to the model in order.
+      label: batch key of the labels; an optional key ``weight`` weighs the examples.
+      label_smoothing: mass spread evenly over the classes.
+    """
+
+    model: Any
+    inputs: tuple[str, ...] = ("image",)
+    label: str = "label"
+    label_smoothing: float = 0.0
+
+    def __call__(self, bound, batch, rng, train) -> Sums:
+        *inputs, labels = _inputs(batch, (*self.inputs, self.label))
+        logits = self.model.apply({"params": bound}, *inputs)
+        weight = _weights(batch, labels)
+        loss, nll = token_losses(logits, labels, label_smoothing=self.label_smoothing)
+        right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
+        aux = {"nll": jnp.sum(weight * nll), "accuracy": jnp.sum(weight * right)}
+        return jnp.sum(weight * loss), jnp.sum(weight), aux
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Regression:
+    """Mean over outputs of ``(y - t)^2`` (or Huber's loss), summed over the batch.
+
+    Args:
+      model: a Linen module, or anything with ``apply({"params": p}, *inputs)``.
+      inputs: batch keys passed to the model in order.
+      target: batch key of the targets, of the output's shape up to trailing axes of size one.
+      huber: the width of Huber's quadratic part; None is the squared error.
+    """
+
+    model: Any
+    inputs: tuple[str, ...] = ("x",)
+    target: str = "y"
+    huber: float | None = None
+
+    def __call__(self, bound, batch, rng, train) -> Sums:
+        *inputs, target = _inputs(batch, (*self.inputs, self.target))
+        y = self.model.apply({"params": bound}, *inputs).astype(jnp.float32)
+        if y.size != target.size:
+            raise ConfigError(
+                f"target {self.target!r} {target.shape} does not fit output {y.shape}"
+            )
+        error = y - target.reshape(y.shape).astype(jnp.float32)
+        each = jnp.square(error)
+        if self.huber is not None:
+            size = jnp.abs(error)
+            each = jnp.where(size <= self.huber, 0.5 * each, self.huber * (size - 0.5 * self.huber))
+        weight = _weights(batch, y)
+        rows = each.reshape(each.shape[0], -1)
+        absolute = jnp.mean(jnp.abs(error).reshape(rows.shape), axis=1)
+        aux = {"mae": jnp.sum(weight * absolute)}
+        return jnp.sum(weight * jnp.mean(rows, axis=1)), jnp.sum(weight), aux

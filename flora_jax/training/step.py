@@ -1,0 +1,159 @@
+"""The optimizer step: pure, jitted once, the base an argument that is never differentiated."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from flora_jax.core import bind as binding
+from flora_jax.core import paths
+from flora_jax.core.errors import ConfigError
+from flora_jax.core.plan import Plan
+from flora_jax.training import optim
+from flora_jax.training.losses import Loss
+from flora_jax.training.state import TrainState
+
+Metrics = dict[str, Any]
+Step = Callable[[TrainState, Any, Mapping[str, Any]], tuple[TrainState, Metrics]]
+
+
+def split_batch(batch: Mapping[str, Any], parts: int) -> Any:
+    """``[B, ...] -> [parts, B / parts, ...]``; part j takes rows ``j, j + parts, ...``.
+
+    Strided, not blocked: with B sharded over devices every part keeps a share on each device.
+
+    Raises:
+      ConfigError: ``parts`` does not divide the batch.
+    """
+
+    def one(path: str, x: jax.Array) -> jax.Array:
+        if x.shape[0] % parts:
+            raise ConfigError(f"accumulate={parts} does not divide {path!r} of {x.shape[0]} rows")
+        return jnp.swapaxes(x.reshape(x.shape[0] // parts, parts, *x.shape[1:]), 0, 1)
+
+    return paths.map_with_path(one, dict(batch))
+
+
+def _sum_gradients(grad: Callable, batch: Any, rng: jax.Array, parts: int) -> Any:
+    """``grad(batch, key)`` summed over micro-batches in a scan."""
+    if parts == 1:
+        return grad(batch, jax.random.fold_in(rng, 0))
+    micro = split_batch(batch, parts)
+    keys = jax.vmap(lambda j: jax.random.fold_in(rng, j))(jnp.arange(parts))
+    first = jax.tree.map(lambda x: x[0], (micro, keys))
+    shapes = jax.eval_shape(grad, *first)
+    # bfloat16 adapters still add up in float32
+    wide = lambda s: jnp.zeros(s.shape, jnp.promote_types(s.dtype, jnp.float32))  # noqa: E731
+    add = lambda total, new: jax.tree.map(lambda t, n: t + n.astype(t.dtype), total, new)  # noqa: E731
+    total, _ = jax.lax.scan(
+        lambda carry, x: (add(carry, grad(*x)), None), jax.tree.map(wide, shapes), (micro, keys)
+    )
+    return total
+
+
+def make_step(
+    loss: Loss,
+    plan: Plan,
+    optimizer: Any,
+    *,
+    accumulate: int = 1,
+    clip: float | None = None,
+    donate: bool = True,
+    shardings: Any = None,
+) -> Step:
+    """The jitted ``step(state, base, batch) -> (state, metrics)``.
+
+    ``g = sum_j grad(sum_j) / sum_j weight_j`` over the micro-batches, clipped to a global norm.
+    When the loss or any gradient is not finite the state comes back unchanged, ``metrics["ok"]`` is
+    False and ``metrics["bad"]`` says which arrays: see :func:`bad_paths`.
+
+    Args:
+      loss: ``loss(bound, batch, rng, train) -> (sum, weight, aux)``.
+      plan: what :func:`flora_jax.bind` needs; static.
+      optimizer: an optimizer dataclass, :class:`Groups` or an optax transform.
+      accumulate: micro-batches per step; must divide the batch.
+      clip: largest global gradient norm, or None.
+      donate: reuse the state's buffers. The base is never donated.
+      shardings: shardings of the returned state (``state_shardings``), or None.
+
+    Raises:
+      ConfigError: ``accumulate`` or ``clip`` is not positive.
+    """
+    if accumulate < 1:
+        raise ConfigError(f"accumulate={accumulate} must be at least 1")
+    if clip is not None and clip <= 0:
+        raise ConfigError(f"clip={clip} must be positive, or None")
+
+    def step(state: TrainState, base: Any, batch: Mapping[str, Any]):
+        def objective(train, micro, key):
+            adapters = binding.combine(train, state.frozen)
+            bound = binding.bind(base, adapters, plan, rng=key, train=True)
+            total, weight, aux = loss(bound, micro, key, True)
+            return total, (weight, aux)
+
+        grad = jax.value_and_grad(objective, has_aux=True)
+        rng = jax.random.fold_in(state.rng, state.step)
+        (total, (weight, aux)), grads = _sum_gradients(
+            lambda micro, key: grad(state.train, micro, key), batch, rng, accumulate
+        )
+        scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
+        metrics = {"loss": total * scale, "weight": weight}
+        metrics |= {name: value * scale for name, value in aux.items()}
+        return _update(state, grads, metrics, optimizer, clip)
+
+    out = None if shardings is None else (shardings, shardings.step)
+    return jax.jit(step, donate_argnums=(0,) if donate else (), out_shardings=out)
+
+
+def _update(
+    state: TrainState, grads: Any, metrics: Metrics, optimizer: Any, clip: float | None
+) -> tuple[TrainState, Metrics]:
+    squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), grads)
+    norm = jnp.sqrt(sum(jax.tree.leaves(squares), jnp.zeros(())))
+    bad = {path: ~jnp.isfinite(s) for path, s in paths.flatten(squares).items()}
+    ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    if clip is not None:
+        shrink = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-16))
+        grads = jax.tree.map(lambda g: g * shrink, grads)
+    grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.train)
+    tx = optax.with_extra_args_support(optim.build(optimizer, state.train))
+    updates, opt_state = tx.update(grads, state.opt_state, state.train, value=metrics["loss"])
+    new = (state.step + 1, optax.apply_updates(state.train, updates), opt_state)
+    old = (state.step, state.train, state.opt_state)
+    count, train, opt_state = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
+    metrics |= {"grad_norm": norm, "ok": ok, "bad": bad, **optim.learning_rates(opt_state)}
+    return dataclasses.replace(state, step=count, train=train, opt_state=opt_state), metrics
+
+
+def bad_paths(metrics: Metrics) -> list[str]:
+    """Adapter arrays whose gradient was not finite, sorted; read only when ``ok`` is False."""
+    return sorted(path for path, flag in jax.device_get(metrics["bad"]).items() if flag)
+
+
+def make_evaluator(loss: Loss, plan: Plan) -> Callable[..., dict[str, float]]:
+    """``evaluate(state, base, batches) -> {"loss": ..., <aux>: ...}``, means over all batches."""
+
+    @jax.jit
+    def sums(train, frozen, base, batch):
+        bound = binding.bind(base, binding.combine(train, frozen), plan)
+        total, weight, aux = loss(bound, batch, None, False)
+        return weight, {"loss": total, **aux}
+
+    def evaluate(state: TrainState, base: Any, batches: Iterable[Any]) -> dict[str, float]:
+        weight, totals = 0.0, {}
+        for batch in batches:
+            part, values = jax.device_get(sums(state.train, state.frozen, base, batch))
+            weight += float(part)
+            for name, value in values.items():
+                totals[name] = totals.get(name, 0.0) + float(value)
+        if not weight:
+            raise ConfigError("evaluation saw no examples: the data set is empty or fully masked")
+        return {name: value / weight for name, value in totals.items()}
+
+    return evaluate
