@@ -17,6 +17,13 @@ import jax.numpy as jnp
 from flora_jax.core.contraction import Contraction, mm
 
 
+_CURE = (
+    "the layer does not go through flora_jax's dispatch. Use flora_jax.linen layers, wrap the call "
+    "in flora_jax.linen.intercept(), adapt an NNX model with flora_jax.nnx.adapt(), or "
+    "flora_jax.materialize() the parameters"
+)
+
+
 class WeightLeaf(abc.ABC):
     """A value that stands where a kernel array stood."""
 
@@ -54,11 +61,17 @@ class WeightLeaf(abc.ABC):
         """The whole kernel as one array. Explicit, never called by a contraction with dW."""
 
     def __jax_array__(self):
-        raise TypeError(
-            f"a {type(self).__name__} weight of shape {self.shape} was used as a plain array: the "
-            "layer does not go through flora_jax's dispatch. Use flora_jax.linen layers, wrap the "
-            "call in flora_jax.linen.intercept(), adapt an NNX model with flora_jax.nnx.adapt(), "
-            "or flora_jax.materialize() the parameters"
+        kind = type(self).__name__
+        raise TypeError(f"a weight ({kind}, shape {self.shape}) was used as a plain array: {_CURE}")
+
+    def __getitem__(self, index):
+        return self.__jax_array__()
+
+    def __getattr__(self, name: str):
+        # Array attributes (``.T``, ``.astype``) and operators looked up by name end here. No shape
+        # in the text: the leaf may be half built.
+        raise AttributeError(
+            f"a weight ({type(self).__name__}) was used as a plain array ({name!r}): {_CURE}"
         )
 
 
