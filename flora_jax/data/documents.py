@@ -30,12 +30,14 @@ class Fields:
 
     Attributes:
         text: the whole text of a document.
+        text_pair: the second text of a pair (classification only, if present).
         prompt, completion: an instruction and its answer.
         messages: a chat, a list of ``{"role": ..., "content": ...}``.
         label: the class of a text (classification only).
     """
 
     text: str = "text"
+    text_pair: str = "text_pair"
     prompt: str = "prompt"
     completion: str = "completion"
     messages: str = "messages"

@@ -10,9 +10,9 @@ import numpy as np
 
 from flora_jax.core.errors import ConfigError
 from flora_jax.data.documents import InMemory, Source, Subset
+from flora_jax.data.packing import Batch
 
 Shard = tuple[int, int]
-Batch = dict[str, np.ndarray]
 
 
 def mix_seed(seed: int) -> int:

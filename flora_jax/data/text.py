@@ -73,8 +73,8 @@ class TextData:
         shuffle, epochs, prefetch: see ``pipeline.training_batches``.
     """
 
-    source: str | Sequence[str]
-    eval_source: str | Sequence[str] | None = None
+    source: str | tuple[str, ...]
+    eval_source: str | tuple[str, ...] | None = None
     fields: Fields = Fields()
     separator: str | None = None
     seq_len: int = 256
@@ -167,7 +167,7 @@ class TextData:
         )
         return {"train": train, "held-out": held}
 
-    def _open(self, source: str | Sequence[str]) -> Source:
+    def _open(self, source: str | tuple[str, ...]) -> Source:
         names = [source] if isinstance(source, str) else list(source)
         return Concatenated([open_source(n, self.fields, self.separator) for n in names])
 
@@ -211,7 +211,7 @@ class TextData:
         rows = experimental.FlatMapIterDataset(rows, _Flatten())
         struct = dict.fromkeys(("tokens", "targets", "loss_mask"), self.seq_len)
         if self.packing == "concat":
-            rows = experimental.ConcatThenSplitIterDataset(rows, length_struct=struct)
+            rows = _JsonState(experimental.ConcatThenSplitIterDataset(rows, length_struct=struct))
         else:
             alone = self.packing == "none"
             rows = experimental.FirstFitPackIterDataset(
@@ -230,6 +230,33 @@ class _Flatten(experimental.FlatMapTransform):
 
     def flat_map(self, element: list[Batch]) -> list[Batch]:
         return element
+
+
+class _JsonState(grain.IterDataset):
+    """Lets grain's concat-then-split resume from a state that went through JSON.
+
+    Checkpoints write the state as JSON, which turns tuples into lists; grain 0.2.18 compares its
+    ``remainder_slices`` with a tuple and then takes "no remainder" for one.
+    """
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _JsonStateIterator(iter(self.parents[0]))
+
+
+class _JsonStateIterator(grain.DatasetIterator):
+    def __init__(self, packer: grain.DatasetIterator):
+        super().__init__(packer)
+        self._packer = packer
+
+    def __next__(self) -> Any:
+        return next(self._packer)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._packer.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        slices = {name: tuple(span) for name, span in state["remainder_slices"].items()}
+        self._packer.set_state(state | {"remainder_slices": slices})
 
 
 def _named(row: Mapping[str, np.ndarray]) -> Batch:

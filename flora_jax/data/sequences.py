@@ -1,0 +1,125 @@
+"""Synthetic token sequences that probe what a sequence layer can remember."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import grain
+import numpy as np
+
+from flora_jax.core.errors import ConfigError, unknown
+from flora_jax.data import pipeline
+from flora_jax.data.packing import Batch
+from flora_jax.data.synthetic import array_evaluation, generated
+
+TASKS = ("copy", "recall", "induction")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SequenceTask:
+    """Copying, associative recall and induction; batches are those of a language model.
+
+    Token 0 is the separator; symbols are 1 ... vocab - 1. Only answers have loss.
+      - ``copy``: ``s_1 ... s_n 0 s_1 ... s_n``.
+      - ``recall``: n key-value pairs with different keys, 0, then the n keys in another order,
+        each followed by its value (multi-query associative recall, arXiv 2312.04927).
+      - ``induction``: n symbols among which x occurs once and is followed by y, then x again; the
+        answer is y (arXiv 2209.11895).
+
+    Example:
+        >>> task = SequenceTask(task="copy", length=3, vocab=8)
+        >>> batch = next(iter(task.train(batch_size=2)))
+        >>> batch["tokens"].shape, batch["loss_mask"][0].tolist()
+        ((2, 6), [0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+
+    Attributes:
+        task: one of the three.
+        length: n.
+        vocab: number of tokens, the separator included.
+        eval_size: sequences of the evaluation.
+        task_seed: of the evaluation.
+    """
+
+    task: str = "recall"
+    length: int = 16
+    vocab: int = 64
+    eval_size: int = 256
+    task_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.task not in TASKS:
+            raise ConfigError(unknown("task", self.task, TASKS))
+        if self.length < 2:
+            raise ConfigError(f"length must be at least 2, got {self.length}")
+        need = {"copy": 2, "recall": self.length + 1, "induction": 3}[self.task]
+        if self.vocab < need:
+            raise ConfigError(f"vocab={self.vocab}: {self.task} of {self.length} needs {need}")
+
+    @property
+    def seq_len(self) -> int:
+        """T of the batches."""
+        n = self.length
+        return {"copy": 2 * n, "recall": 4 * n, "induction": n + 1}[self.task]
+
+    def train(
+        self,
+        tokenizer: Any = None,
+        batch_size: int = 32,
+        seed: int = 0,
+        shard: pipeline.Shard = (0, 1),
+    ) -> grain.IterDataset:
+        """Endless fresh batches; ``tokenizer`` is not used."""
+        pipeline.local_batch(batch_size, shard)
+        data = generated(lambda rng: self._sample(rng, batch_size), seed, shard)
+        return data.to_iter_dataset(pipeline.read_options(0))
+
+    def evaluation(
+        self,
+        tokenizer: Any = None,
+        batch_size: int = 64,
+        max_batches: int | None = None,
+        shard: pipeline.Shard = (0, 1),
+    ) -> grain.MapDataset:
+        """The same ``eval_size`` sequences at every call."""
+        rows = self._sample(np.random.default_rng([self.task_seed, 2]), self.eval_size)
+        return array_evaluation(rows, batch_size, max_batches, shard)
+
+    def _sample(self, rng: np.random.Generator, count: int) -> Batch:
+        sequence, answer = getattr(self, f"_{self.task}")(rng, count)
+        tokens = sequence[:, :-1].astype(np.int32)
+        return {
+            "tokens": tokens,
+            "targets": sequence[:, 1:].astype(np.int32),
+            "loss_mask": np.broadcast_to(answer[1:], tokens.shape).astype(np.float32),
+            "positions": np.broadcast_to(np.arange(self.seq_len, dtype=np.int32), tokens.shape),
+            "segment_ids": np.ones_like(tokens),
+        }
+
+    def _copy(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+        n = self.length
+        symbols = rng.integers(1, self.vocab, (count, n))
+        sequence = np.concatenate([symbols, np.zeros((count, 1), int), symbols], axis=1)
+        return sequence, np.arange(2 * n + 1) > n
+
+    def _recall(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+        n = self.length
+        every = np.broadcast_to(np.arange(1, self.vocab), (count, self.vocab - 1))
+        keys = rng.permuted(every, axis=1)[:, :n]
+        values = rng.integers(1, self.vocab, (count, n))
+        order = rng.permuted(np.broadcast_to(np.arange(n), (count, n)), axis=1)
+        pairs = np.stack([keys, values], axis=-1)
+        asked = np.take_along_axis(pairs, order[..., None], axis=1)
+        flat = (pairs.reshape(count, -1), np.zeros((count, 1), int), asked.reshape(count, -1))
+        at = np.arange(4 * n + 1)
+        return np.concatenate(flat, axis=1), (at > 2 * n) & (at % 2 == 0)
+
+    def _induction(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
+        n, row = self.length, np.arange(count)
+        x = rng.integers(1, self.vocab, count)
+        body = rng.integers(1, self.vocab - 1, (count, n))
+        body += body >= x[:, None]  # Skips x.
+        at = rng.integers(0, n - 1, count)
+        body[row, at] = x
+        y = body[row, at + 1]
+        return np.concatenate([body, x[:, None], y[:, None]], axis=1), np.arange(n + 2) == n + 1
