@@ -142,9 +142,8 @@ class TensorFiles(Mapping[str, np.ndarray]):
         entry = self._entry(name)
         if 0 in entry.shape:
             return np.zeros(entry.shape, entry.dtype)
-        return np.memmap(entry.file, entry.dtype, "r", entry.offset, entry.shape or (1,)).reshape(
-            entry.shape
-        )
+        mapped = np.memmap(entry.file, entry.dtype, "r", entry.offset, entry.shape or (1,))
+        return mapped.view(np.ndarray).reshape(entry.shape)
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
