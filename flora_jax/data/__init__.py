@@ -34,11 +34,12 @@ prompt. ``segment_ids`` are 1, 2, ... for the pieces of documents in a row and 0
 from flora_jax.data.classification import LABELLED, ClassificationData
 from flora_jax.data.corpora import CORPORA, Corpus, load_corpus
 from flora_jax.data.documents import Document, Fields
+from flora_jax.data.encoding import Tokenizer
 from flora_jax.data.images import IMAGE_SETS, ImageData
 from flora_jax.data.packing import PACKINGS, TOO_LONG, Tokenised, assemble, plan_rows
 from flora_jax.data.sequences import SequenceTask
 from flora_jax.data.synthetic import Sine, TeacherStudent
-from flora_jax.data.text import TextData, Tokenizer
+from flora_jax.data.text import TextData
 
 __all__ = [
     "CORPORA",

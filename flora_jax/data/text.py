@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import grain
-import numpy as np
-from grain import experimental
 
-from flora_jax.core.errors import ConfigError, FormatError, unknown
+from flora_jax.core.errors import ConfigError, unknown
 from flora_jax.data import packing as packing_lib
 from flora_jax.data import pipeline
 from flora_jax.data.corpora import CORPORA, load_corpus
@@ -25,19 +22,9 @@ from flora_jax.data.documents import (
     find_files,
     open_documents,
 )
-from flora_jax.data.packing import Batch, Tokenised
-
-
-class Tokenizer(Protocol):
-    """What the pipelines ask of a tokenizer.
-
-    ``encode`` adds no special tokens. ``apply_chat`` (only for chat data) renders messages to a
-    string or to ``(text, trainable)`` pieces.
-    """
-
-    eos_id: int
-
-    def encode(self, text: str) -> Sequence[int]: ...
+from flora_jax.data.encoding import Tokenizer, encode_document, tokenise
+from flora_jax.data.packing import Tokenised
+from flora_jax.data.streaming import stream
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +100,19 @@ class TextData:
             resume it exactly.
         """
         if self.lazy:
-            return self._stream(tokenizer, batch_size, seed, shard)
+            return stream(
+                self._parts["train"],
+                self._encode(tokenizer),
+                seq_len=self.seq_len,
+                packing=self.packing,
+                too_long=self.too_long,
+                batch_size=batch_size,
+                seed=seed,
+                shard=shard,
+                epochs=self.epochs,
+                shuffle=self.shuffle,
+                prefetch=self.prefetch,
+            )
         corpus, plan = self._rows(tokenizer, "train")
         rows = grain.MapDataset.range(len(plan)).map(
             lambda r: packing_lib.assemble(corpus, plan, int(r), self.seq_len)
@@ -175,6 +174,14 @@ class TextData:
     def _cache(self) -> dict[Any, Any]:
         return {}
 
+    def _encode(self, tokenizer: Tokenizer) -> functools.partial:
+        return functools.partial(
+            encode_document,
+            tokenizer=tokenizer,
+            completion_only=self.completion_only,
+            add_bos=self.add_bos,
+        )
+
     def _rows(
         self, tokenizer: Tokenizer, part: str, limit: int | None = None
     ) -> tuple[Tokenised, packing_lib.Plan]:
@@ -182,7 +189,7 @@ class TextData:
         key = (id(tokenizer), part, limit)
         if key not in self._cache:
             pipeline.require(self._parts[part], f"{part} part of {self.source!r}")
-            corpus = tokenise(self, self._parts[part], tokenizer, limit)
+            corpus = tokenise(self._parts[part], self._encode(tokenizer), limit)
             plan = packing_lib.plan_rows(
                 corpus.lengths, self.seq_len, self.packing, self.too_long, corpus.names
             )
@@ -190,91 +197,6 @@ class TextData:
             # The tokenizer is kept so that its id stays its own.
             self._cache[key] = (tokenizer, corpus, plan)
         return self._cache[key][1:]
-
-    def _stream(
-        self, tokenizer: Tokenizer, batch_size: int, seed: int, shard: pipeline.Shard
-    ) -> grain.IterDataset:
-        """Documents are shuffled and sharded; each process tokenises and packs its own."""
-        local = pipeline.local_batch(batch_size, shard)
-        source, seed = self._parts["train"], pipeline.mix_seed(seed)
-        if len(source) < shard[1]:
-            raise ConfigError(f"{len(source)} documents for {shard[1]} shards in {self.source!r}")
-        order = grain.MapDataset.range(len(source))
-        order = (order.shuffle(seed) if self.shuffle else order).repeat(self.epochs)
-
-        def pieces(index: int) -> list[Batch]:
-            document = encode_document(self, source[int(index)], tokenizer, source.name(int(index)))
-            return _pieces(self, *document, source.name(int(index)))
-
-        rows = order[shard[0] :: shard[1]].map(pieces)
-        rows = rows.to_iter_dataset(pipeline.read_options(self.prefetch))
-        rows = experimental.FlatMapIterDataset(rows, _Flatten())
-        struct = dict.fromkeys(("tokens", "targets", "loss_mask"), self.seq_len)
-        if self.packing == "concat":
-            rows = _JsonState(experimental.ConcatThenSplitIterDataset(rows, length_struct=struct))
-        else:
-            alone = self.packing == "none"
-            rows = experimental.FirstFitPackIterDataset(
-                rows,
-                length_struct=struct,
-                num_packing_bins=1 if alone else 64,
-                seed=seed,
-                shuffle_bins=self.shuffle,
-                max_sequences_per_bin=1 if alone else None,
-            )
-        return rows.map(_named).batch(local, drop_remainder=True)
-
-
-class _Flatten(experimental.FlatMapTransform):
-    max_fan_out = 1 << 31
-
-    def flat_map(self, element: list[Batch]) -> list[Batch]:
-        return element
-
-
-class _JsonState(grain.IterDataset):
-    """Lets grain's concat-then-split resume from a state that went through JSON.
-
-    Checkpoints write the state as JSON, which turns tuples into lists; grain 0.2.18 compares its
-    ``remainder_slices`` with a tuple and then takes "no remainder" for one.
-    """
-
-    def __iter__(self) -> grain.DatasetIterator:
-        return _JsonStateIterator(iter(self.parents[0]))
-
-
-class _JsonStateIterator(grain.DatasetIterator):
-    def __init__(self, packer: grain.DatasetIterator):
-        super().__init__(packer)
-        self._packer = packer
-
-    def __next__(self) -> Any:
-        return next(self._packer)
-
-    def get_state(self) -> dict[str, Any]:
-        return self._packer.get_state()
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        slices = {name: tuple(span) for name, span in state["remainder_slices"].items()}
-        self._packer.set_state(state | {"remainder_slices": slices})
-
-
-def _named(row: Mapping[str, np.ndarray]) -> Batch:
-    out = {name: row[name] for name in ("tokens", "targets", "loss_mask")}
-    for name in ("positions", "segment_ids"):
-        out[name] = row[f"tokens_{name}"].astype(np.int32)
-    return out
-
-
-def _pieces(data: TextData, tokens: np.ndarray, trainable: np.ndarray, name: str) -> list[Batch]:
-    """The pieces of one document in the lazy pipeline, shifted before they are cut."""
-    whole = packing_lib.shifted(tokens, trainable)
-    if data.packing == "concat" and data.too_long == "split":
-        return [whole] if len(tokens) else []  # Row boundaries alone decide where it is cut.
-    lengths = np.array([len(tokens)])
-    plan = packing_lib.plan_rows(lengths, data.seq_len, "none", data.too_long, [name])
-    spans = [slice(s, s + n) for s, n in zip(plan.start, plan.length)]
-    return [{key: value[span] for key, value in whole.items()} for span in spans]
 
 
 def _cut(source: Source, fraction: float) -> tuple[Source, Source]:
@@ -298,65 +220,3 @@ def open_source(name: str, fields: Fields, separator: str | None = None) -> Sour
     if not Path(name).suffix and not set(name) & set("/\\*?[~") and not Path(name).exists():
         raise ConfigError(unknown("corpus or file", name, CORPORA))
     return open_documents(find_files(name), fields, separator)
-
-
-def render(document: Document, tokenizer: Any, where: str) -> Iterable[tuple[str, bool]]:
-    """The ``(text, trainable)`` pieces of a document; chats go through the tokenizer's template.
-
-    If ``apply_chat`` gives one string, the part that each assistant message adds to what came
-    before is the trainable one, and the template must only ever append.
-    """
-    if not document.messages:
-        return document.pieces
-    if not hasattr(tokenizer, "apply_chat"):
-        raise ConfigError(f"{where}: chat messages need a tokenizer with apply_chat")
-    messages = [dict(m) for m in document.messages]
-    text = tokenizer.apply_chat(messages)
-    if not isinstance(text, str):
-        return text
-    pieces, before = [], ""
-    for k, message in enumerate(messages):
-        after = text if k + 1 == len(messages) else tokenizer.apply_chat(messages[: k + 1])
-        if not after.startswith(before):
-            raise FormatError(f"{where}: the chat template rewrites earlier messages (message {k})")
-        pieces.append((after[len(before) :], message["role"] == "assistant"))
-        before = after
-    return pieces
-
-
-def encode_document(
-    data: TextData, document: Document, tokenizer: Tokenizer, where: str
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens int32 [n] and trainable bool [n] of a document, eos at its end; n = 0 if no text."""
-    tokens: list[int] = []
-    trainable: list[bool] = []
-    for text, train in render(document, tokenizer, where):
-        ids = tokenizer.encode(text)
-        tokens += ids
-        trainable += [train or not data.completion_only] * len(ids)
-    if not tokens:
-        return np.zeros(0, np.int32), np.zeros(0, bool)
-    if data.add_bos:
-        if getattr(tokenizer, "bos_id", None) is None:
-            raise ConfigError("add_bos=True, but the tokenizer has no bos_id")
-        tokens.insert(0, tokenizer.bos_id)
-        trainable.insert(0, False)
-    tokens.append(tokenizer.eos_id)
-    trainable.append(trainable[-1])
-    return np.asarray(tokens, np.int32), np.asarray(trainable, bool)
-
-
-def tokenise(
-    data: TextData, source: Source, tokenizer: Tokenizer, limit: int | None = None
-) -> Tokenised:
-    """Encodes documents until ``limit`` tokens are reached; documents without text are left out."""
-    encoded, names, total = [], [], 0
-    for k in range(len(source)):
-        if limit is not None and total >= limit:
-            break
-        tokens, trainable = encode_document(data, source[k], tokenizer, source.name(k))
-        if len(tokens):
-            encoded.append((tokens, trainable))
-            names.append(source.name(k))
-            total += len(tokens)
-    return Tokenised.join(encoded, names)
