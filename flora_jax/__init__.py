@@ -18,9 +18,14 @@ from flora_jax.core.bind import materialize as materialize
 from flora_jax.core.bind import partition as partition
 from flora_jax.core.bind import rebase as rebase
 from flora_jax.core.bind import split as split
+from flora_jax.core.observe import observe as observe
 from flora_jax.core.plan import Plan as Plan
 from flora_jax.core.plan import plan as plan
 from flora_jax.core.registry import methods as methods
 from flora_jax.core.spec import KernelSpec as KernelSpec
+from flora_jax.quant import Format as Format
+from flora_jax.quant import QArray as QArray
+from flora_jax.quant import dequantize as dequantize
+from flora_jax.quant import quantize as quantize
 
 __version__ = "0.1.0"

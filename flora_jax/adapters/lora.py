@@ -39,7 +39,7 @@ class LoRA(Adapter):
       use_bias: train a bias beside b (HF-PEFT's ``lora_bias``); the layer must have one.
       initializer: ``kaiming`` (U(+-1/sqrt(in)), the papers' code) or ``gaussian`` (N(0, 1/r^2)).
 
-    Source: arXiv 2106.09685; init as in microsoft/LoRA and HF PEFT (a embedding: a = 0, b ~ N(0,1)).
+    Source: arXiv 2106.09685; init as in microsoft/LoRA and HF PEFT (embedding: a 0, b N(0,1)).
 
     >>> import flora_jax as flora
     >>> params = {"kernel": jnp.ones((6, 4))}

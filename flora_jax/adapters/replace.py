@@ -7,6 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from flora_jax.core.adapter import CONTRACTED, Adapter
+from flora_jax.core.operators import Matrix
 from flora_jax.core.registry import register
 
 
@@ -36,6 +37,10 @@ class Replace(Adapter):
 
     def init(self, key, spec, base):
         return {"value": jnp.asarray(base, jnp.dtype(self.dtype) if self.dtype else base.dtype)}, {}
+
+    def operator(self, params, spec, ctx):
+        # Only reached beside other adapters on the same weight: the change is dense by nature.
+        return ctx.base + Matrix(spec.canonical(params["value"]) - ctx.base.dense())
 
     def value(self, params):
         return params["value"]

@@ -28,7 +28,7 @@ AdapterTree = dict[str, Params]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """One adapter's arrays at one weight; keys are raw threefry data so that scan can slice them."""
+    """One adapter's arrays at one weight; keys are raw threefry data, which scan can slice."""
 
     params: Params
     dropout: jax.Array | None
@@ -138,7 +138,9 @@ def _init_entry(entry: Entry, keys: jax.Array, leaf: Weight) -> Params:
     else:
         base = jax.ShapeDtypeStruct(entry.kernel_shape, jnp.dtype(entry.dtype))
         train, frozen = over_stack(lambda k: adapter.init(k, spec, base), n)(keys)
-    return {**train, **frozen}
+    # A weak type would make the first optimiser update recompile everything.
+    strong = lambda a: jax.lax.convert_element_type(a, a.dtype)
+    return jax.tree.map(strong, {**train, **frozen})
 
 
 def partition(adapters: AdapterTree, plan: Plan) -> tuple[AdapterTree, AdapterTree]:
@@ -249,7 +251,7 @@ def _attach(params: Any, found: Mapping[str, list[tuple[Entry, Bound]]]) -> Any:
         leaf = leaves[path]
         if tuple(leaf.shape) != entry.shape:
             raise StructureError(f"{path}: shape {tuple(leaf.shape)}, the plan says {entry.shape}")
-        if rows[0][1].adapter.value(rows[0][1].params) is not None:
+        if all(bound.adapter.value(bound.params) is not None for _, bound in rows):
             new[path] = _replaced(leaf, [bound for _, bound in rows])
             continue
         new[path] = Adapted(leaf, tuple(bound for _, bound in rows), entry.spec.unstacked())

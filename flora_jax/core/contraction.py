@@ -1,7 +1,7 @@
 """How activations meet a kernel: one object per kind of contraction.
 
-A contraction knows how to bring a layer's input to canonical form ``z: [..., in]`` (``[B, ..., in]``
-with batch axes), how to contract it with any kernel that has the same inputs, and how to bring a
+A contraction knows how to bring a layer's input to canonical form ``z: [..., in]``
+(``[B, ..., in]`` with batch axes), how to contract it with any kernel that has the same inputs, and how to bring a
 canonical output back to the layer's layout. Operators are written against these methods only.
 """
 
@@ -165,7 +165,7 @@ class Einsum(Contraction):
 
 @dataclasses.dataclass(frozen=True)
 class Conv(Contraction):
-    """N-D convolution, channels last: ``x [batch, *space, I]``, kernel ``[*window, I/groups, O]``."""
+    """Convolution, channels last: ``x [batch, *space, I]``, kernel ``[*window, I/groups, O]``."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 
 from flora_jax.core.contraction import Contraction, mm
 
-
 _CURE = (
     "the layer does not go through flora_jax's dispatch. Use flora_jax.linen layers, wrap the call "
     "in flora_jax.linen.intercept(), adapt an NNX model with flora_jax.nnx.adapt(), or "

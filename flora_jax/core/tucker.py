@@ -14,7 +14,7 @@ from flora_jax.core.spec import KernelSpec
 
 
 def expand(core: jax.Array, factors: list[jax.Array]) -> jax.Array:
-    """``core x_1 A_1 ... x_N A_N``: ``core [J_1..J_N]``, ``A_n [I_n, J_n]``, smallest axis first."""
+    """``core x_1 A_1 ... x_N A_N`` with ``core [J_1..J_N]``, ``A_n [I_n, J_n]``; smallest first."""
     order = sorted(range(core.ndim), key=lambda n: factors[n].shape[0])
     for n in order:
         core = jnp.moveaxis(jnp.tensordot(core, factors[n], (n, 1)), -1, n)

@@ -1,0 +1,150 @@
+"""Every adapter case and every kind of layer that the contracts cross."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import flora_jax as flora
+from flora_jax.core import ops
+from flora_jax.core.spec import KernelSpec
+
+# Name -> (adapter, trained numbers on a dense 12x8 kernel).
+ADAPTERS: dict[str, tuple[Any, int]] = {
+    "LoRA": (flora.LoRA(rank=4, alpha=8), 4 * 20),
+    "LoRA-rs-gaussian": (flora.LoRA(rank=4, rslora=True, initializer="gaussian"), 4 * 20),
+    "DoRA": (flora.DoRA(rank=3, alpha=6), 3 * 20 + 8),
+    "PiSSA": (flora.PiSSA(rank=3, alpha=6), 3 * 20),
+    "OLoRA": (flora.OLoRA(rank=3, alpha=6), 3 * 20),
+    "FLoRA": (flora.FLoRA(ranks=2), 12 * 2 + 8 * 2 + 4),
+    "NOLA": (flora.NOLA(rank=2, k=10, l=7, chunk=4), 17),
+    "Hydra": (flora.Hydra(rank_parallel=2, rank_sequential=3), 2 * 20 + 2 * 3 * 8),
+    "Hydra-parallel": (flora.Hydra(rank_parallel=2, rank_sequential=0), 2 * 20),
+    "Hydra-sequential": (flora.Hydra(rank_parallel=0, rank_sequential=3), 2 * 3 * 8),
+    "VeRA": (flora.VeRA(rank=5), 5 + 8),
+    "VeRA-stored": (flora.VeRA(rank=5, stored=True), 5 + 8),
+    "IA3": (flora.IA3(), 8),
+    "IA3-input": (flora.IA3(scale="input"), 12),
+    "Replace": (flora.Replace(), 96),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A kernel of some kind and the call that uses it."""
+
+    shape: tuple[int, ...]
+    x: Callable[[], jax.Array]
+    call: Callable[[jax.Array, Any], jax.Array]
+    spec: KernelSpec
+    name: str = "kernel"
+    bias: int | None = None
+
+
+def _x(*shape: int) -> Callable[[], jax.Array]:
+    return lambda: jax.random.normal(jax.random.key(7), shape)
+
+
+def _ids() -> jax.Array:
+    return jnp.array([[0, 3, 11], [5, 5, 1]])
+
+
+LAYERS: dict[str, Layer] = {
+    "dense": Layer((12, 8), _x(3, 12), ops.dot, KernelSpec.dense(), bias=8),
+    "einsum-out": Layer(
+        (12, 2, 4),
+        _x(2, 3, 12),
+        lambda x, w: ops.einsum("BTD,DNH->BTNH", x, w),
+        KernelSpec.einsum("BTD,DNH->BTNH"),
+    ),
+    "einsum-in": Layer(
+        (3, 4, 8),
+        _x(2, 3, 3, 4),
+        lambda x, w: ops.einsum("BTNH,NHD->BTD", x, w),
+        KernelSpec.einsum("BTNH,NHD->BTD"),
+    ),
+    "experts": Layer(
+        (2, 12, 8),
+        _x(2, 3, 12),
+        lambda x, w: ops.einsum("EBD,EDF->EBF", x, w),
+        KernelSpec.einsum("EBD,EDF->EBF"),
+    ),
+    "conv": Layer(
+        (3, 3, 4, 8),
+        _x(2, 6, 6, 4),
+        lambda x, w: ops.conv(x, w, strides=2),
+        KernelSpec.conv(2),
+        bias=8,
+    ),
+    "conv1d": Layer(
+        (3, 4, 8),
+        _x(2, 9, 4),
+        lambda x, w: ops.conv(x, w, padding="VALID", rhs_dilation=2),
+        KernelSpec.conv(1),
+    ),
+    "conv-groups": Layer(
+        (3, 3, 4, 8),
+        _x(2, 6, 6, 8),
+        lambda x, w: ops.conv(x, w, groups=2),
+        KernelSpec.conv(2, groups=2),
+    ),
+    "conv-transpose": Layer(
+        (3, 3, 4, 8),
+        _x(2, 5, 5, 4),
+        lambda x, w: ops.conv(x, w, strides=2, transpose=True),
+        KernelSpec.conv(2, transpose=True),
+    ),
+    "embedding": Layer((12, 8), _ids, ops.embed, KernelSpec.embedding(), name="embedding"),
+    "tied-head": Layer((12, 8), _x(3, 8), ops.attend, KernelSpec.embedding(), name="embedding"),
+}
+
+# Combinations that a method refuses, each with a PlanError; all others must work.
+REFUSED = {
+    ("NOLA", "experts"),
+    ("NOLA", "conv-groups"),
+    ("VeRA", "experts"),
+    ("VeRA", "conv-groups"),
+    ("VeRA-stored", "experts"),
+    ("VeRA-stored", "conv-groups"),
+    ("PiSSA", "embedding"),
+    ("PiSSA", "tied-head"),
+    ("OLoRA", "embedding"),
+    ("OLoRA", "tied-head"),
+    ("IA3-input", "embedding"),
+    ("IA3-input", "tied-head"),
+    ("IA3-input", "conv-groups"),
+}
+PAIRS = [(a, l) for a in ADAPTERS for l in LAYERS if (a, l) not in REFUSED]
+
+
+def base_params(layer: Layer, dtype=jnp.float32) -> dict[str, Any]:
+    params = {layer.name: jax.random.normal(jax.random.key(3), layer.shape, dtype)}
+    if layer.bias:
+        params["bias"] = jax.random.normal(jax.random.key(4), (layer.bias,), dtype)
+    return params
+
+
+def make_plan(layer: Layer, adapter: Any, params: Any) -> flora.Plan:
+    return flora.plan(params, {layer.name: adapter}, specs={layer.name: layer.spec})
+
+
+def random_like(tree: Any, seed: int = 11) -> Any:
+    """Trained adapters: every array moved by noise, so that no branch is zero."""
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    moved = [l + 0.3 * jax.random.normal(k, l.shape, l.dtype) for k, l in zip(keys, leaves)]
+    return jax.tree.unflatten(treedef, moved)
+
+
+def perturbed(plan: flora.Plan, adapters: Any) -> Any:
+    train, frozen = flora.partition(adapters, plan)
+    return flora.combine(random_like(train), frozen)
+
+
+def run(layer: Layer, tree: Any, x: jax.Array) -> jax.Array:
+    y = layer.call(x, tree[layer.name])
+    return y + tree["bias"] if layer.bias else y

@@ -1,0 +1,223 @@
+"""The contracts of every weight adapter on every kind of kernel (C1-C7 of the method cards)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import ADAPTERS, LAYERS, PAIRS, REFUSED, make_plan, perturbed, run
+
+import flora_jax as flora
+from flora_jax.core import ops
+from flora_jax.core.errors import PlanError
+from flora_jax.core.spec import KernelSpec
+
+TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2}
+
+
+def close(a, b, tolerance):
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    assert np.isfinite(a).all() and np.isfinite(b).all()
+    assert np.abs(a - b).max() <= tolerance * max(1.0, np.abs(b).max())
+
+
+def test_every_registered_adapter_has_a_case():
+    cases = {type(adapter) for adapter, _ in ADAPTERS.values()}
+    assert {m.cls for m in flora.methods("adapter")} <= cases
+
+
+@pytest.mark.parametrize("pair", sorted(REFUSED), ids="-".join)
+def test_refused_combinations_say_so(pair):
+    layer = LAYERS[pair[1]]
+    with pytest.raises(PlanError, match=layer.name):
+        make_plan(layer, ADAPTERS[pair[0]][0], harness.base_params(layer))
+
+
+@pytest.mark.parametrize(("name", "kind"), PAIRS)
+def test_identity_lazy_dense_and_gradients(name, kind):
+    """C1 identity, C2 merge, C3 gradients, C5 jit: one trace each."""
+    layer, adapter = LAYERS[kind], ADAPTERS[name][0]
+    params, x = harness.base_params(layer), layer.x()
+    plan = make_plan(layer, adapter, params)
+    adapters = flora.init(plan, jax.random.key(0), params)
+
+    @jax.jit
+    def everything(params, adapters, x):
+        loss = lambda a: jnp.sum(jnp.square(run(layer, flora.bind(params, a, plan), x)))
+        bound = flora.bind(params, adapters, plan)
+        merged = flora.materialize(bound)
+        grads = jax.grad(loss)(adapters)
+        return run(layer, bound, x), merged, run(layer, merged, x), grads
+
+    before = run(layer, params, x)
+    close(everything(params, adapters, x)[0], before, 2e-5)
+
+    lazy, merged, dense, grads = everything(params, perturbed(plan, adapters), x)
+    assert everything._cache_size() == 1, "a new set of values must not recompile"
+    assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, params)
+    close(lazy, dense, 2e-5)
+    assert np.abs(lazy - before).max() > 1e-3, "the adapter does nothing"
+
+    train, frozen = flora.partition(grads, plan)
+    assert all((np.asarray(g) == 0).all() for g in jax.tree.leaves(frozen))
+    for path, arrays in train.items():
+        for array_name, g in arrays.items():
+            assert np.isfinite(g).all()
+            assert np.abs(g).max() > 0, f"{path}/{array_name} gets no gradient"
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_count_and_json(name):
+    """C4 the parameter formula, C7 the plan as JSON, hash and equality."""
+    adapter, count = ADAPTERS[name]
+    plan = make_plan(LAYERS["dense"], adapter, harness.base_params(LAYERS["dense"]))
+    assert plan.count == count
+    again = flora.Plan.from_json(plan.to_json())
+    assert again == plan and hash(again) == hash(plan)
+    assert again.fingerprint() == plan.fingerprint()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [p for p in PAIRS if p[1] in ("dense", "einsum-out", "conv", "embedding")]
+)
+def test_bfloat16_base_float32_adapter(name, kind):
+    """C6: a bf16 base and activations with float32 adapters; the output stays bf16."""
+    layer, adapter = LAYERS[kind], ADAPTERS[name][0]
+    params = harness.base_params(layer, jnp.bfloat16)
+    x = layer.x()
+    x = x if kind == "embedding" else x.astype(jnp.bfloat16)
+    plan = make_plan(layer, adapter, params)
+    adapters = perturbed(plan, flora.init(plan, jax.random.key(0), params))
+    bound = flora.bind(params, adapters, plan)
+    lazy = run(layer, bound, x)
+    assert lazy.dtype == jnp.bfloat16
+
+    merged = flora.materialize(bound)
+    assert merged[layer.name].dtype == jnp.bfloat16 or name == "Replace"
+    close(lazy, run(layer, merged, x), TOLERANCE["bfloat16"])
+
+
+@pytest.mark.parametrize("fmt", [flora.Format("int8"), flora.Format("int4", block=4)], ids=str)
+@pytest.mark.parametrize("name", [n for n in ADAPTERS if n != "Replace"])
+def test_quantised_base(name, fmt):
+    """The adapter on a low-bit base equals the adapter on the dequantised base; merging asks."""
+    layer, adapter = LAYERS["dense"], ADAPTERS[name][0]
+    params = harness.base_params(layer)
+    low = flora.quantize(params, {layer.name: fmt})
+    plain = flora.dequantize(low)
+    plan = make_plan(layer, adapter, low)
+    adapters = perturbed(plan, flora.init(plan, jax.random.key(0), low))
+    x = layer.x()
+    bound = flora.bind(low, adapters, plan)
+    close(run(layer, bound, x), run(layer, flora.bind(plain, adapters, plan), x), 2e-5)
+    with pytest.raises(PlanError, match="low-bit base"):
+        flora.materialize(bound)
+    merged = flora.materialize(bound, quantized="dequantize")
+    close(run(layer, merged, x), run(layer, bound, x), 2e-5)
+    again = flora.materialize(bound, quantized="requantize")[layer.name]
+    assert again.fmt == fmt
+    step = np.asarray(again.scale).max()
+    assert np.abs(again.dense() - merged[layer.name]).max() <= 0.5 * step + 1e-6
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_stack_equals_loop_and_scan(name):
+    """vmapped init and merge == a loop over the unrolled model; lazily inside lax.scan."""
+    adapter = ADAPTERS[name][0]
+    square = jax.random.normal(jax.random.key(5), (3, 8, 8)) / 3
+    stacked = {"layers": {"kernel": square}}
+    unrolled = {f"layers_{i}": {"kernel": square[i]} for i in range(3)}
+    plan = flora.plan(stacked, {"layers/kernel": adapter})
+    plans = flora.plan(unrolled, {"layers/kernel": adapter})
+    assert plan.count == plans.count
+    adapters = flora.init(plan, jax.random.key(0), stacked)
+    loop = flora.init(plans, jax.random.key(0), unrolled)
+    for i in range(3):
+        mine = jax.tree.map(lambda a, i=i: a[i], adapters["layers/kernel"])
+        jax.tree.map(lambda a, b: close(a, b, 1e-5), mine, loop[f"layers_{i}/kernel"])
+    moved = perturbed(plan, adapters)
+    loop = {
+        f"layers_{i}/kernel": jax.tree.map(lambda a, i=i: a[i], moved["layers/kernel"])
+        for i in range(3)
+    }
+    bound = flora.bind(stacked, moved, plan)
+    x = jax.random.normal(jax.random.key(6), (2, 8))
+
+    def body(x, layer):
+        return jnp.tanh(ops.dot(x, layer["kernel"])), None
+
+    scanned, _ = jax.lax.scan(jax.checkpoint(body), x, bound["layers"])
+    one_by_one, by_merge = x, x
+    merged = flora.materialize(bound)["layers"]["kernel"]
+    tree = flora.bind(unrolled, loop, plans)
+    for i in range(3):
+        one_by_one = jnp.tanh(ops.dot(one_by_one, tree[f"layers_{i}"]["kernel"]))
+        by_merge = jnp.tanh(by_merge @ merged[i])
+    close(scanned, one_by_one, 2e-5)
+    close(scanned, by_merge, 2e-5)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_two_named_adapters_add_their_changes(name):
+    """bind({name: tree}, weights) = W0 + sum_i w_i (W_i - W0), for any method."""
+    layer, adapter = LAYERS["dense"], ADAPTERS[name][0]
+    params, x = harness.base_params(layer), LAYERS["dense"].x()
+    plan = make_plan(layer, adapter, params)
+    lora = make_plan(layer, flora.LoRA(rank=2), params)
+    one = perturbed(plan, flora.init(plan, jax.random.key(0), params))
+    two = perturbed(lora, flora.init(lora, jax.random.key(1), params))
+    plans, trees = {"one": plan, "two": lora}, {"one": one, "two": two}
+    weights = {"one": 0.5, "two": -2.0}
+    both = flora.bind(params, trees, plans, weights=weights)
+    delta = lambda a, p: jax.tree.map(
+        jnp.subtract, flora.materialize(flora.bind(params, a, p)), params
+    )
+    expected = jax.tree.map(
+        lambda w, d1, d2: w + 0.5 * d1 - 2.0 * d2, params, delta(one, plan), delta(two, lora)
+    )
+    close(run(layer, both, x), run(layer, expected, x), 5e-5)
+    merged = flora.materialize(both)
+    jax.tree.map(lambda a, b: close(a, b, 5e-5), merged, expected)
+
+
+@pytest.mark.parametrize("name", [n for n, (a, _) in ADAPTERS.items() if hasattr(a, "dropout")])
+def test_dropout_touches_the_branch_only_while_training(name):
+    layer = LAYERS["dense"]
+    adapter = dataclasses.replace(ADAPTERS[name][0], dropout=0.5)
+    params, x = harness.base_params(layer), layer.x()
+    plan = make_plan(layer, adapter, params)
+    fresh = flora.init(plan, jax.random.key(0), params)
+    moved = perturbed(plan, fresh)
+    key = jax.random.key(1)
+    plain = run(layer, flora.bind(params, moved, plan), x)
+    asleep = run(layer, flora.bind(params, moved, plan, rng=key, train=False), x)
+    np.testing.assert_array_equal(plain, asleep)
+    awake = run(layer, flora.bind(params, moved, plan, rng=key, train=True), x)
+    again = run(layer, flora.bind(params, moved, plan, rng=key, train=True), x)
+    np.testing.assert_array_equal(awake, again)
+    assert np.abs(awake - plain).max() > 1e-3
+    f = jax.jit(
+        jax.vmap(lambda k: run(layer, flora.bind(params, moved, plan, rng=k, train=True), x))
+    )
+    samples = np.asarray(f(jax.random.split(key, 4000)))
+    error = 5 * samples.std(0).max() / np.sqrt(4000)
+    if name != "DoRA" and not name.startswith("Hydra-seq"):
+        assert np.abs(samples.mean(0) - plain).max() < error
+
+
+def test_a_weight_used_as_another_kind_is_an_error():
+    kernel = jnp.ones((4, 2, 3))
+    plan = flora.plan(
+        {"kernel": kernel}, {"kernel": flora.LoRA(rank=1)}, specs={"kernel": KernelSpec.dense(1, 2)}
+    )
+    bound = flora.bind(
+        {"kernel": kernel}, flora.init(plan, jax.random.key(0), {"kernel": kernel}), plan
+    )
+    with pytest.raises(PlanError, match="specs="):
+        ops.dot(jnp.ones((5, 4, 2)), bound["kernel"], in_axes=2)
+    with pytest.raises(TypeError, match="intercept"):
+        jnp.ones((5, 4)) @ bound["kernel"]
