@@ -12,6 +12,9 @@ from flora_jax.core.errors import ConfigError, FloraError, unknown
 
 # name -> (module of flora_jax.launch, what it does)
 COMMANDS = {
+    "train": ("train_command", "adapt a model to data"),
+    "eval": ("eval_command", "judge a trained run again"),
+    "generate": ("generate_command", "continue a prompt with a trained run"),
     "sweep": ("sweep_command", "run every run of an experiment that is not finished"),
     "table": ("table_command", "print an experiment's table and check its claims"),
     "methods": ("methods_command", "list the registered methods with paper and arXiv id"),

@@ -5,8 +5,14 @@ from __future__ import annotations
 import functools
 
 import flora_jax.adapters  # noqa: F401  fills the registry of methods
-from flora_jax import config
+from flora_jax import config, data
 from flora_jax.core.registry import methods
+from flora_jax.launch import pretrained, subjects
+from flora_jax.launch import train as train  # registers the entry point
+from flora_jax.models.conv import ConvNetConfig
+from flora_jax.models.mlp import MLPConfig
+from flora_jax.models.vit_config import ViTConfig
+from flora_jax.quant import Format
 from flora_jax.training import optim, schedules
 
 OPTIMIZERS = (optim.AdamW, optim.SGD, optim.Lion, optim.Adafactor, optim.Groups, optim.lora_plus)
@@ -17,6 +23,24 @@ SCHEDULES = (
     schedules.Warmup,
     schedules.Scaled,
 )
+DATA = (
+    data.TextData,
+    data.ClassificationData,
+    data.ImageData,
+    data.SequenceTask,
+    data.Fields,
+)
+MODELS = (
+    subjects.LanguageModel,
+    subjects.TextClassifier,
+    subjects.ImageClassifier,
+    pretrained.SmallImageModel,
+    pretrained.Pretraining,
+    MLPConfig,
+    ConvNetConfig,
+    ViTConfig,
+    Format,
+)
 
 
 @functools.cache
@@ -24,5 +48,5 @@ def register_all() -> None:
     """Registers everything with gin, once; called before any file is parsed."""
     for method in methods("adapter"):
         config.register(method.cls, name=method.name)
-    for thing in (*OPTIMIZERS, *SCHEDULES):
+    for thing in (*OPTIMIZERS, *SCHEDULES, *DATA, *MODELS):
         config.register(thing)

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from flora_jax.config import Config
-from flora_jax.core.errors import ConfigError, unknown
+from flora_jax.core.errors import ConfigError, FloraError, unknown
 from flora_jax.launch import bindings
 from flora_jax.training.run_dir import RunDir, write_text
 
@@ -34,6 +34,10 @@ PACKAGES = (
     "ml_dtypes",
     "safetensors",
 )
+
+
+class Preempted(FloraError):
+    """A run was asked to stop and saved itself; the same command continues it."""
 
 
 def environment(argv: Sequence[str]) -> dict[str, Any]:
@@ -121,7 +125,7 @@ def execute(
     try:
         result = bindings.registered[entry].thing(**{**kwargs, "out": str(out)}) or {}
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt)
+        stopped = isinstance(error, (KeyboardInterrupt, Preempted))
         write_text(run.path / "error.txt", traceback.format_exc())
         run.write_status(state="preempted" if stopped else "failed", error=one_line(error))
         raise

@@ -1,0 +1,168 @@
+"""From the arguments of ``train`` to everything a run needs; and back from a run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+import flora_jax as flora
+from flora_jax import config, quant, training
+from flora_jax.core.errors import ConfigError, FloraError
+from flora_jax.core.leaf import is_leaf
+from flora_jax.core.paths import flatten
+from flora_jax.evaluation import generate_text
+from flora_jax.launch.subjects import Subject
+from flora_jax.training import distributed, sharding
+from flora_jax.training.checkpoint import Checkpointer, Identity, fingerprint
+from flora_jax.training.place import place
+from flora_jax.training.run_dir import RunDir, RunError
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """A run, built and checked; nothing is trained yet.
+
+    Args:
+      subject: the model; its ``params`` are the base as trained on (quantised, sharded).
+      plan: of the adapters.
+      state: step 0.
+      options: the arguments of ``train``.
+      mesh: where it runs, or None for one device.
+      rules: sharding rules of the base.
+    """
+
+    subject: Subject
+    plan: flora.Plan
+    state: training.TrainState
+    options: Mapping[str, Any]
+    mesh: Any = None
+    rules: Any = sharding.LLAMA_RULES
+
+    @property
+    def base(self) -> Any:
+        return self.subject.params
+
+    def batches(self) -> Any:
+        """The training data of this process."""
+        shard = (jax.process_index(), jax.process_count())
+        size, seed = self.options["batch_size"], self.options["seed"]
+        tokenizer = self.subject.tokenizer
+        return self.options["data"].train(tokenizer, size, seed=seed, shard=shard)
+
+    def held_out(self) -> Any:
+        """Held-out batches, the same at every call."""
+        size = self.options["eval_batch_size"] or self.options["batch_size"]
+        limit = self.options["eval_batches"]
+        return self.options["data"].evaluation(self.subject.tokenizer, size, max_batches=limit)
+
+    def bound(self, state: training.TrainState) -> Any:
+        """The parameters with the adapters of a state."""
+        return flora.bind(self.base, state.adapters, self.plan)
+
+    def judge(self, state: training.TrainState) -> dict[str, float]:
+        """The figures on held-out data."""
+        batches = self.held_out()
+        if self.mesh is not None:
+            sharded = training.batch_sharding(self.mesh)
+            batches = (distributed.global_batch(batch, sharded) for batch in batches)
+        evaluate = training.make_evaluator(self.subject.loss, self.plan)
+        return self.subject.figures(evaluate(state, self.base, batches))
+
+    def sample(self, state: training.TrainState) -> str | None:
+        """What a language model continues ``prompt`` with, greedily; None for other models."""
+        count = self.options["sample_tokens"]
+        if not (self.subject.generates and count):
+            return None
+        subject, prompt = self.subject, self.options["prompt"]
+        texts = generate_text(
+            subject.model, self.bound(state), subject.tokenizer, prompt, max_new_tokens=count
+        )
+        return prompt + texts[0]
+
+    def table(self) -> str:
+        """The plan as a table, with the trained share."""
+        leaves = flatten(self.base, is_leaf=is_leaf).values()
+        return self.plan.table(sum(math.prod(leaf.shape) for leaf in leaves))
+
+    def identity(self) -> Identity:
+        """What its checkpoints belong to."""
+        return Identity(
+            plan=self.plan,
+            base_fingerprint=fingerprint(self.base),
+            base_source=self.subject.name,
+        )
+
+
+def build(options: Mapping[str, Any], folder: Path | None = None) -> Setup:
+    """Loads the model, makes plan and adapters, places them on the mesh.
+
+    Args:
+      options: the arguments of ``train``, every one.
+      folder: the run folder, for what the base needs to keep there.
+
+    Raises:
+      RuleError: a rule matches nothing.
+      PlanError: an adapter does not fit its weight.
+    """
+    subject = options["model"].load(options["data"], folder)
+    base = subject.params
+    if options["base_dtype"]:
+        base = training.cast_base(base, options["base_dtype"])
+    if options["quantize"]:
+        base = quant.quantize(base, options["quantize"])
+    plan = flora.plan(base, options["rules"])
+    if not len(plan):
+        raise ConfigError("train.rules gives no weight an adapter: nothing would be trained")
+    adapters = flora.init(plan, jax.random.key(options["seed"]), base)
+    state = training.create_state(plan, adapters, options["optimizer"], options["seed"])
+    setup = Setup(dataclasses.replace(subject, params=base), plan, state, options)
+    return _placed(setup, options["mesh"], options["sharding"]) if options["mesh"] else setup
+
+
+def _placed(setup: Setup, axes: Mapping[str, int], given: Any) -> Setup:
+    """The setup on a mesh; a spec in gin is a tuple of mesh axes."""
+    rules = sharding.LLAMA_RULES
+    if given is not None:
+        rules = tuple((pattern, PartitionSpec(*spec)) for pattern, spec in given.items())
+    mesh = training.make_mesh(axes)
+    specs = training.base_specs(setup.base, mesh, rules)
+    base = place(setup.base, training.base_shardings(setup.base, mesh, rules))
+    state = place(setup.state, training.state_shardings(setup.state, setup.plan, specs, mesh))
+    subject = dataclasses.replace(setup.subject, params=base)
+    return dataclasses.replace(setup, subject=subject, state=state, mesh=mesh, rules=rules)
+
+
+def reopen(folder: str | Path, step: int | None = None) -> tuple[Setup, training.TrainState]:
+    """A run from its folder alone: the setup, and the state of a checkpoint.
+
+    Args:
+      folder: the run folder.
+      step: of the checkpoint; the newest by default.
+
+    Raises:
+      RunError: not a run folder, not a run of ``train``, or no such checkpoint.
+    """
+    folder = Path(folder)
+    status = RunDir(folder).status()
+    if not status or not (folder / "config.gin").is_file():
+        raise RunError(f"{folder} is not a run folder: it has no status.json and config.gin")
+    if status.get("entry", "train") != "train":
+        raise RunError(f"{folder} is a run of {status['entry']}, not of train")
+    from flora_jax.launch import catalogue
+    from flora_jax.launch.train import complete
+
+    catalogue.register_all()
+    try:
+        options = config.load([folder / "config.gin"]).arguments("train")
+    except FloraError as error:
+        raise RunError(f"{folder} does not load any more: {error}") from None
+    setup = build(complete(options), folder)
+    with Checkpointer(folder / "checkpoints", setup.identity()) as checkpoints:
+        state = checkpoints.restore(setup.state, step=step)
+    return setup, state

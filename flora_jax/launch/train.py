@@ -1,0 +1,158 @@
+"""The entry point ``train``: adapt a model to data and judge it before and after.
+
+Its arguments are the object graph that a gin file describes; called from Python it needs no gin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from flora_jax import training
+from flora_jax.config import entry_point
+from flora_jax.core.adapter import Adapter
+from flora_jax.launch import setup as setups
+from flora_jax.launch.execute import Preempted
+from flora_jax.launch.subjects import Source
+from flora_jax.training.run_dir import write_text
+
+
+def train(
+    *,
+    model: Source,
+    data: Any,
+    rules: Mapping[str, Adapter | None],
+    optimizer: training.Optimizer | training.Groups | None = None,
+    steps: int = 100,
+    batch_size: int = 8,
+    accumulate: int = 1,
+    clip: float | None = 1.0,
+    seed: int = 0,
+    base_dtype: str | None = None,
+    quantize: Mapping[str, Any] | None = None,
+    mesh: Mapping[str, int] | None = None,
+    sharding: Mapping[str, tuple] | None = None,
+    log_every: int = 10,
+    eval_every: int | None = None,
+    eval_batches: int | None = None,
+    eval_batch_size: int | None = None,
+    checkpoint_every: int | None = None,
+    prompt: str = "The",
+    sample_tokens: int = 24,
+    out: str | None = None,
+) -> dict[str, float]:
+    """Trains adapters on a frozen model; prints and returns the figures before and after.
+
+    Args:
+      model: what is adapted: ``LanguageModel``, ``TextClassifier``, ``SmallImageModel`` ...
+      data: ``TextData``, ``ClassificationData``, ``ImageData`` ...
+      rules: ordered ``{path regex: adapter}``; the first match wins, None leaves a weight alone.
+      optimizer: of the adapters, by default ``AdamW(learning_rate=1e-3)``; its learning rate is a
+        number or a schedule.
+      steps: optimizer steps.
+      batch_size: examples (rows of text) a step, over all devices.
+      accumulate: micro-batches that a step is cut into, to save memory.
+      clip: largest global norm of the gradient, or None.
+      seed: of adapters, order of the data and dropout.
+      base_dtype: the frozen base is cast to it, e.g. ``bfloat16``.
+      quantize: ``{path regex: Format}``: the base is held in low bits.
+      mesh: ``{axis: size}`` for several devices, e.g. ``{'data': -1}``; None is one device.
+      sharding: ``{path regex: (mesh axis or None, ...)}`` of the base; a default for Llama.
+      log_every: write the metrics each so many steps.
+      eval_every: judge on the held-out data each so many steps too.
+      eval_batches: only so many held-out batches.
+      eval_batch_size: of held-out batches; ``batch_size`` by default.
+      checkpoint_every: save each so many steps too; the last step is always saved.
+      prompt, sample_tokens: a language model continues the prompt before and after.
+      out: the run folder; None keeps nothing.
+
+    Returns:
+      ``perplexity`` or ``accuracy`` and its ``..._before``, ``trained`` numbers, ``seconds``.
+    """
+    options = complete(locals())
+    with contextlib.ExitStack() as stack:
+        folder = out or stack.enter_context(tempfile.TemporaryDirectory())
+        setup = setups.build(options, Path(folder))
+        print(setup.table())
+        write_text(Path(folder) / "plan.txt", setup.table() + "\n")
+        write_text(Path(folder) / "plan.json", setup.plan.to_json() + "\n")
+        before = setup.judge(setup.state)
+        _report("before", before, setup.sample(setup.state))
+        started = time.time()
+        result = _fit(setup, folder)
+        seconds = time.time() - started
+    after = setup.judge(result.state)
+    _report("after", after, setup.sample(result.state))
+    retention = getattr(setup.subject, "retention", None)
+    if retention is not None:
+        after["retention"] = retention(setup.bound(result.state))
+        print(f"retention: {after['retention']:.2f} % on the first task")
+    if out is not None:
+        print(_next_commands(out, setup.subject.generates))
+    figures = {**after, **{f"{k}_before": v for k, v in before.items()}}
+    return {**figures, "trained": setup.plan.count, "seconds": seconds, **_speed(result.metrics)}
+
+
+def _fit(setup: setups.Setup, folder: str) -> training.FitResult:
+    options, subject = setup.options, setup.subject
+    judged = {"eval": setup.held_out()} if options["eval_every"] else None
+    result = training.fit(
+        subject.loss,
+        setup.plan,
+        setup.base,
+        setup.batches(),
+        steps=options["steps"],
+        run_dir=folder,
+        optimizer=options["optimizer"],
+        adapters=setup.state.adapters,
+        seed=options["seed"],
+        accumulate=options["accumulate"],
+        clip=options["clip"],
+        log_every=options["log_every"],
+        save_every=options["checkpoint_every"],
+        evals=judged,
+        eval_every=options["eval_every"],
+        mesh=setup.mesh,
+        rules=setup.rules,
+        base_source=subject.name,
+    )
+    if result.status == "preempted":
+        raise Preempted(f"stopped by {result.reason} at step {int(result.state.step)}")
+    return result
+
+
+def _speed(metrics: Mapping[str, Any]) -> dict[str, float]:
+    found = {key.removeprefix("perf/"): value for key, value in metrics.items()}
+    return {k: v for k, v in found.items() if k in ("tokens_per_s", "examples_per_s")}
+
+
+def complete(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of :func:`train`, defaults filled in."""
+    defaults = inspect.signature(train).parameters.items()
+    given = {k: p.default for k, p in defaults if p.default is not p.empty}
+    filled = {**given, **options}
+    return {**filled, "optimizer": filled["optimizer"] or training.AdamW(learning_rate=1e-3)}
+
+
+def _report(when: str, figures: Mapping[str, float], text: str | None) -> None:
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+    print(f"{when}: {numbers}", flush=True)
+    if text is not None:
+        print(f"{when}: {text!r}", flush=True)
+
+
+def _next_commands(folder: str, generates: bool) -> str:
+    lines = [f"run folder: {folder}", f"  flora eval --run {folder}"]
+    if generates:
+        lines.append(f'  flora generate --run {folder} --prompt "Once upon a time"')
+    lines.append(f"  flora merge --run {folder} --out {folder}/merged")
+    lines.append(f"  flora convert {folder} {folder}/peft --to peft")
+    return "\n".join(lines)
+
+
+entry_point(train)
