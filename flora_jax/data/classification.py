@@ -68,6 +68,7 @@ class ClassificationData:
             raise ConfigError(f"too_long must be truncate, drop or error, got {self.too_long!r}")
         if self.seq_len < 4:
             raise ConfigError(f"seq_len must be at least 4, got {self.seq_len}")
+        pipeline.check_fraction(self.split_fraction)
 
     def train(
         self,

@@ -115,10 +115,11 @@ class JsonLines:
         ]
         stops = np.concatenate([*ends, [size]]).astype(np.int64)
         starts = np.concatenate([[0], stops[:-1] + 1])
-        lengths = stops - starts
-        # Blank lines are at most a carriage return; longer runs of blanks are checked on reading.
-        keep = np.flatnonzero(lengths > 1)
-        keep = np.array([k for k in keep if lengths[k] > 8 or self._text(starts[k], stops[k])], int)
+        some = np.flatnonzero(stops > starts)
+        # Records begin with a brace; only lines that begin with a blank need a closer look.
+        begins = self._bytes[starts[some]] > ord(" ")
+        keep = [k for k, sure in zip(some, begins) if sure or self._text(starts[k], stops[k])]
+        keep = np.array(keep, np.int64)
         self._starts, self._stops, self._line = starts[keep], stops[keep], keep + 1
 
     def _text(self, start: int, stop: int) -> bytes:

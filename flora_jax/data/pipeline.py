@@ -115,8 +115,7 @@ def split(source: Source, fraction: float, seed: int, what: str) -> tuple[Source
 
     At least one item goes to each side when ``fraction`` is not zero.
     """
-    if not 0 <= fraction < 1:
-        raise ConfigError(f"split_fraction must be in [0, 1), got {fraction}")
+    check_fraction(fraction)
     n = len(source)
     if fraction == 0:
         return source, InMemory([])
@@ -125,6 +124,12 @@ def split(source: Source, fraction: float, seed: int, what: str) -> tuple[Source
     held = min(max(1, round(fraction * n)), n - 1)
     order = np.random.default_rng(seed).permutation(n)
     return Subset(source, np.sort(order[held:])), Subset(source, np.sort(order[:held]))
+
+
+def check_fraction(fraction: float) -> None:
+    """Raises ConfigError unless a share to hold out is in [0, 1)."""
+    if not 0 <= fraction < 1:
+        raise ConfigError(f"split_fraction must be in [0, 1), got {fraction}")
 
 
 def limit(source: Source, count: int | None) -> Source:

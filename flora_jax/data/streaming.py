@@ -56,6 +56,9 @@ def stream(
         spans = [slice(s, s + size) for s, size in zip(plan.start, plan.length)]
         return [{key: value[span] for key, value in whole.items()} for span in spans]
 
+    # Documents without any text would be searched for ever.
+    if not any(pieces(index) for index in range(len(source))):
+        raise ConfigError(f"{len(source)} documents and no data in them (too_long={too_long})")
     rows = order[shard[0] :: shard[1]].map(pieces)
     rows = rows.to_iter_dataset(pipeline.read_options(prefetch))
     rows = experimental.FlatMapIterDataset(rows, _Flatten())

@@ -79,6 +79,7 @@ class TextData:
 
     def __post_init__(self) -> None:
         packing_lib.check_choices(self.seq_len, self.packing, self.too_long)
+        pipeline.check_fraction(self.split_fraction)
 
     def train(
         self,

@@ -15,7 +15,7 @@ class ByteTokenizer:
 
 
 class ChatTokenizer(ByteTokenizer):
-    def apply_chat(self, messages):
+    def apply_chat(self, messages, add_generation_prompt=True):
         pieces = []
         for message in messages:
             pieces.append((f"<{message['role']}>", False))
@@ -24,8 +24,9 @@ class ChatTokenizer(ByteTokenizer):
 
 
 class StringChatTokenizer(ByteTokenizer):
-    def apply_chat(self, messages):
-        return "".join(f"[{m['role'][0]}]{m['content']}" for m in messages)
+    def apply_chat(self, messages, add_generation_prompt=True):
+        text = "".join(f"[{m['role'][0]}]{m['content']}" for m in messages)
+        return text + "[a]" * add_generation_prompt
 
 
 @pytest.fixture(scope="session")

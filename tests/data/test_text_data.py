@@ -193,7 +193,7 @@ def test_chats_train_on_the_assistant(tmp_path, chat_tokenizer, string_chat_toke
     assert trained == [*b"HelloAdieu", 256]
     batch = next(iter(data.train(string_chat_tokenizer, 1)))
     trained = batch["targets"][batch["loss_mask"] > 0].tolist()
-    assert trained == [*b"[a]Hello[a]Adieu", 256]
+    assert trained == [*b"HelloAdieu", 256]
 
 
 def test_chats_that_end_with_the_user_or_lack_a_template(tmp_path, tokenizer, chat_tokenizer):
@@ -207,7 +207,7 @@ def test_chats_that_end_with_the_user_or_lack_a_template(tmp_path, tokenizer, ch
 
 def test_templates_that_rewrite_history_are_refused(tmp_path, tokenizer):
     class Rewriting(type(tokenizer)):
-        def apply_chat(self, messages):
+        def apply_chat(self, messages, add_generation_prompt=True):
             return f"{len(messages)} " + "".join(m["content"] for m in messages)
 
     path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": CHAT}])
@@ -242,6 +242,10 @@ def test_empty_and_impossible(tmp_path, tokenizer):
         TextData(source=long, seq_len=8, too_long="error").train(tokenizer, 1)
     with pytest.raises(ConfigError, match="too_long=drop: no data"):
         TextData(source=long, seq_len=8, too_long="drop").train(tokenizer, 1)
+    with pytest.raises(ConfigError, match="no data in them"):
+        TextData(source=long, seq_len=8, too_long="drop", lazy=True).train(tokenizer, 1)
+    with pytest.raises(ConfigError, match="no data in them"):
+        TextData(source=blank, lazy=True).train(tokenizer, 1)
     with pytest.raises(ConfigError, match="do not fill one batch of 64"):
         TextData(source=long, seq_len=8, epochs=1).train(tokenizer, 64)
     with pytest.raises(ConfigError, match=r"split_fraction must be in \[0, 1\)"):
@@ -250,3 +254,31 @@ def test_empty_and_impossible(tmp_path, tokenizer):
         TextData(source=long, packing="dense")
     with pytest.raises(ConfigError, match="held-out part .* no data"):
         TextData(source=long, split_fraction=0).evaluation(tokenizer, 1)
+
+
+def test_chat_template_of_a_real_kind_of_tokenizer(tmp_path):
+    """ChatML ids through the project's tokenizer, whose answers may merge with the prompt."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from flora_jax.io.tokenizer import END, START, Tokenizer
+
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    texts = ["Hello Adieu\n\n assistant user"] * 9
+    trainer = tokenizers.trainers.BpeTrainer(
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=[START, END],
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    tokenizer = Tokenizer(backend, eos_id=backend.token_to_id(END), system="Be kind.")
+    chat = [dict(m) for m in CHAT]
+    chat[1]["content"] = "\n\nHello"  # "\n\n" is one token: the prompt is not a prefix of it.
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": chat}])
+    data = TextData(source=path, eval_source=path, seq_len=128, packing="none")
+    batch = next(iter(data.train(tokenizer, 1)))
+    trained = batch["targets"][batch["loss_mask"] > 0]
+    text = tokenizer.decode(trained.tolist(), skip_special=False)
+    assert text == f"\n\n\nHello{END}\nAdieu{END}\n"
+    row = batch["tokens"][0][batch["segment_ids"][0] > 0].tolist()
+    assert row == tokenizer.apply_chat(chat, add_generation_prompt=False)
