@@ -1,6 +1,11 @@
 """Training: losses, optimizers, the step, the loop, checkpoints, shardings, run folders."""
 
+from flora_jax.training.checkpoint import Checkpointer as Checkpointer
+from flora_jax.training.checkpoint import Identity as Identity
+from flora_jax.training.checkpoint import fingerprint as fingerprint
 from flora_jax.training.cost import compiled_cost as compiled_cost
+from flora_jax.training.loop import FitResult as FitResult
+from flora_jax.training.loop import fit as fit
 from flora_jax.training.losses import CausalLM as CausalLM
 from flora_jax.training.losses import Classification as Classification
 from flora_jax.training.losses import Loss as Loss
@@ -36,3 +41,4 @@ from flora_jax.training.state import create_state as create_state
 from flora_jax.training.step import bad_paths as bad_paths
 from flora_jax.training.step import make_evaluator as make_evaluator
 from flora_jax.training.step import make_step as make_step
+from flora_jax.training.stopping import EarlyStopping as EarlyStopping
