@@ -5,6 +5,8 @@ from typing import Any
 
 from flora_jax.io import encoders
 from flora_jax.io.hf import load_hf, save_hf
+from flora_jax.io.peft_load import load_peft
+from flora_jax.io.peft_save import save_peft
 
 # These need the packages of the [hf] extra, so they are imported when first used.
 _LAZY = {
@@ -16,7 +18,7 @@ _LAZY = {
     "save_gguf": "flora_jax.io.gguf",
 }
 
-__all__ = ["encoders", "load_hf", "save_hf", *_LAZY]
+__all__ = ["encoders", "load_hf", "load_peft", "save_hf", "save_peft", *_LAZY]
 
 
 def __getattr__(name: str) -> Any:
