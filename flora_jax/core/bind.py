@@ -277,7 +277,7 @@ def _replaced(leaf: Weight, rows: list[Bound]) -> jax.Array:
 def _bias(rows, bias: jax.Array | None, path: str) -> jax.Array | None:
     """The layer's bias after every adapter that touches it, or None."""
     if bias is None:
-        if any("bias" in bound.params for _, bound in rows):
+        if any(getattr(bound.adapter, "use_bias", False) for _, bound in rows):
             raise StructureError(f"{path}: the adapter has a bias, the layer has none")
         return None
     total = None

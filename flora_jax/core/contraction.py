@@ -1,8 +1,8 @@
 """How activations meet a kernel: one object per kind of contraction.
 
 A contraction knows how to bring a layer's input to canonical form ``z: [..., in]``
-(``[B, ..., in]`` with batch axes), how to contract it with any kernel that has the same inputs, and how to bring a
-canonical output back to the layer's layout. Operators are written against these methods only.
+(``[B, ..., in]`` with batch axes), how to contract it with any kernel that has the same inputs,
+and how to bring a canonical output back to the layer's layout. Operators use these methods only.
 """
 
 from __future__ import annotations
