@@ -36,7 +36,7 @@ class ClassificationData:
     the tokenizer's bos and eos are those.
 
     Attributes:
-        source: ``.jsonl``, ``.json``, ``.tsv`` (with a header) or ``.parquet`` files of records
+        source: ``.jsonl``, ``.json``, ``.tsv``, ``.csv`` or ``.parquet`` files of records
             with ``text``, ``label`` and optionally ``text_pair``; a VADER ``*_GroundTruth.txt``;
             or ``fortunes`` (topic of an epigram), ``wordnet-noun``, ``wordnet-verb`` (supersense
             of a gloss).

@@ -1,4 +1,4 @@
-"""Documents and the files they come from: text, JSON lines, JSON, Parquet.
+"""Documents and the files they come from: text, JSON lines, JSON, TSV, CSV, Parquet.
 
 A *source* is a read-only sequence (``len``, integer indexing, ``name(i)`` for messages); nothing
 is held in memory but offsets, so that corpora larger than memory can be read lazily.
@@ -7,12 +7,14 @@ is held in memory but offsets, so that corpora larger than memory can be read la
 from __future__ import annotations
 
 import bisect
+import csv
 import dataclasses
 import functools
 import glob
+import io
 import json
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,12 +23,12 @@ import numpy as np
 from flora_jax.core.errors import ConfigError, FormatError, nearest
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".html", ".py")
-RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".tsv")
+RECORD_SUFFIXES = (".jsonl", ".ndjson", ".json", ".parquet", ".tsv", ".csv")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Fields:
-    """Names of the fields of a record (JSON object, Parquet row, TSV row with a header).
+    """Names of the fields of a record (JSON object, Parquet row, TSV or CSV row).
 
     Attributes:
         text: the whole text of a document.
@@ -140,11 +142,12 @@ class JsonLines:
 
 
 class Table:
-    """Records that fit in memory: a JSON array or a TSV file with a header line."""
+    """Records that fit in memory: a JSON array, or a TSV or CSV file with a header line."""
 
     def __init__(self, path: Path):
         self._path = path
-        self._records = _read_json(path) if path.suffix == ".json" else _read_tsv(path)
+        read = _read_json if path.suffix.lower() == ".json" else _read_delimited
+        self._records, self._names = read(path)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -153,9 +156,7 @@ class Table:
         return _mapping(self._records[index], self.name(index))
 
     def name(self, index: int) -> str:
-        if self._path.suffix == ".json":
-            return f"{self._path} item {index}"
-        return f"{self._path}:{index + 2}"
+        return f"{self._path}{self._names[index]}"
 
 
 def _mapping(record: Any, where: str) -> Mapping[str, Any]:
@@ -164,24 +165,32 @@ def _mapping(record: Any, where: str) -> Mapping[str, Any]:
     return record
 
 
-def _read_json(path: Path) -> list[Any]:
+def _read_json(path: Path) -> tuple[list[Any], list[str]]:
     try:
         records = json.loads(path.read_bytes())
     except ValueError as error:
         raise FormatError(f"{path}: malformed JSON: {error}") from None
     if not isinstance(records, list):
         raise FormatError(f"{path}: expected a JSON array of objects (one per line is .jsonl)")
-    return records
+    return records, [f" item {k}" for k in range(len(records))]
 
 
-def _read_tsv(path: Path) -> list[Mapping[str, str]]:
-    lines = TextFiles._read(path).splitlines()
-    header = lines[0].split("\t") if lines else []
-    rows = [line.split("\t") for line in lines[1:]]
-    for k, row in enumerate(rows):
+def _read_delimited(path: Path) -> tuple[list[Any], list[str]]:
+    """TSV without quoting, as the benchmarks have it, and CSV with quoting."""
+    text = TextFiles._read(path)
+    if path.suffix.lower() == ".tsv":
+        # Not splitlines, which also cuts at form feeds and the like inside a field.
+        lines = text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+        rows = [(k, line.split("\t")) for k, line in enumerate(lines, start=1)]
+    else:
+        reader = csv.reader(io.StringIO(text, newline=""))
+        rows = [(reader.line_num, row) for row in reader if row]
+    header = rows[0][1] if rows else []
+    for line, row in rows[1:]:
         if len(row) != len(header):
-            raise FormatError(f"{path}:{k + 2}: {len(row)} columns, the header has {len(header)}")
-    return [dict(zip(header, row)) for row in rows]
+            raise FormatError(f"{path}:{line}: {len(row)} columns, the header has {len(header)}")
+    records = [dict(zip(header, row)) for _, row in rows[1:]]
+    return records, [f":{line}" for line, _ in rows[1:]]
 
 
 class Parquet:
@@ -193,11 +202,8 @@ class Parquet:
             import pyarrow.parquet as pq
         except ImportError:
             raise ConfigError(f"{path}: Parquet needs pyarrow (pip install pyarrow)") from None
-        try:
-            self._file = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise FormatError(f"{path}: {str(error).splitlines()[0]}") from None
-        self._path = path
+        self._path, self._errors = path, (pa.ArrowException, OSError)
+        self._file = self._checked(pq.ParquetFile, path)
         meta = self._file.metadata
         rows = [meta.row_group(g).num_rows for g in range(meta.num_row_groups)]
         self._first = np.concatenate([[0], np.cumsum(rows, dtype=np.int64)])
@@ -205,7 +211,13 @@ class Parquet:
         self._group = functools.lru_cache(maxsize=4)(self._read_group)
 
     def _read_group(self, group: int) -> list[Mapping[str, Any]]:
-        return self._file.read_row_group(group).to_pylist()
+        return self._checked(self._file.read_row_group, group).to_pylist()
+
+    def _checked(self, read: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return read(*args)
+        except self._errors as error:
+            raise FormatError(f"{self._path}: {str(error).splitlines()[0]}") from None
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -331,9 +343,9 @@ def find_files(pattern: str) -> list[Path]:
 
 
 def open_records(paths: Sequence[Path]) -> Source:
-    """The records of JSON lines, JSON, TSV and Parquet files."""
+    """The records of JSON lines, JSON, TSV, CSV and Parquet files."""
     readers = {".jsonl": JsonLines, ".ndjson": JsonLines, ".parquet": Parquet}
-    readers |= {".json": Table, ".tsv": Table}
+    readers |= dict.fromkeys((".json", ".tsv", ".csv"), Table)
     for path in paths:
         if path.suffix.lower() not in readers:
             known = ", ".join(RECORD_SUFFIXES)

@@ -68,7 +68,7 @@ def training_batches(
     data = examples.seed(seed)
     if shuffle:
         data = data.shuffle(seed)
-    if len(data) < batch_size and epochs is not None and len(data) * epochs < batch_size:
+    if epochs is not None and len(data) * epochs < batch_size:
         raise ConfigError(
             f"{len(data)} examples in {epochs} epochs do not fill one batch of {batch_size}"
         )
@@ -107,7 +107,20 @@ def evaluation_batches(
     if max_batches is not None:
         batches = min(batches, max_batches)
     rows = grain.MapDataset.range(shard[0], batches * batch_size, shard[1])
-    return rows.map(lambda i: get(int(i)) if i < count else empty).batch(local)
+    return _Evaluation(rows.map(lambda i: get(int(i)) if i < count else empty).batch(local))
+
+
+class _Evaluation(grain.MapDataset):
+    """Iterates one batch at a time; grain's default reads 500 ahead, too many for large images."""
+
+    def __len__(self) -> int:
+        return len(self.parents[0])
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return self.slice(index) if isinstance(index, slice) else self.parents[0][index]
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return iter(self.to_iter_dataset(read_options(0)))
 
 
 def split(source: Source, fraction: float, seed: int, what: str) -> tuple[Source, Source]:

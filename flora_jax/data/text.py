@@ -43,8 +43,8 @@ class TextData:
 
     Attributes:
         source: a named corpus (``flora_jax.data.CORPORA``), a file, a glob or a directory, or
-            several of them. ``.jsonl``, ``.json``, ``.parquet`` and ``.tsv`` hold records, any
-            other file is one document of plain text.
+            several of them. ``.jsonl``, ``.json``, ``.parquet``, ``.tsv`` and ``.csv`` hold
+            records, any other file is one document of plain text.
         eval_source: held-out data of its own; then nothing is split from ``source``.
         fields: field names of the records.
         separator: cuts plain-text files into documents, e.g. a blank line.

@@ -87,15 +87,16 @@ def test_every_kind_of_file_gives_the_same_documents(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
     (tmp_path / "b.json").write_text(json.dumps(records))
     pq.write_table(pa.Table.from_pylist(records), tmp_path / "c.parquet", row_group_size=3)
+    (tmp_path / "e.csv").write_text("label,body\n" + "".join(f'1,"{t}"\n' for t in wanted))
     (tmp_path / "d.tsv").write_text("body\tlabel\n" + "".join(f"{t}\t1\n" for t in wanted))
-    for name in ("a.jsonl", "b.json", "c.parquet", "d.tsv"):
+    for name in ("a.jsonl", "b.json", "c.parquet", "d.tsv", "e.csv"):
         source = open_documents([tmp_path / name], Fields(text="body"))
         assert texts(source) == wanted
         assert name in source.name(3)
         with pytest.raises(FormatError, match=rf"{name}.*field 'text' is missing"):
             open_documents([tmp_path / name], Fields())[4]
     both = open_source(str(tmp_path), Fields(text="body"))
-    assert texts(both) == wanted * 4
+    assert texts(both) == wanted * 5
 
 
 def test_parquet_chats(tmp_path):
@@ -139,6 +140,9 @@ def test_bad_tables(tmp_path):
     (tmp_path / "a.tsv").write_text("text\tlabel\nx\t1\ny\n")
     with pytest.raises(FormatError, match=r"a\.tsv:3: 1 columns, the header has 2"):
         open_records([tmp_path / "a.tsv"])
+    (tmp_path / "a.csv").write_text('text,label\n"x\ny",1\nz,1,2\n')
+    with pytest.raises(FormatError, match=r"a\.csv:4: 3 columns, the header has 2"):
+        open_records([tmp_path / "a.csv"])
     (tmp_path / "b.json").write_text('{"text": "x"}')
     with pytest.raises(FormatError, match="expected a JSON array"):
         open_records([tmp_path / "b.json"])
@@ -146,7 +150,7 @@ def test_bad_tables(tmp_path):
     with pytest.raises(FormatError, match=r"c\.json: malformed JSON"):
         open_records([tmp_path / "c.json"])
     with pytest.raises(ConfigError, match="not a file of records"):
-        open_records([tmp_path / "a.csv"])
+        open_records([tmp_path / "a.doc"])
 
 
 def test_unknown_corpus_names_the_nearest(tokenizer):
