@@ -15,8 +15,13 @@ COMMANDS = {
     "train": ("train_command", "adapt a model to data"),
     "eval": ("eval_command", "judge a trained run again"),
     "generate": ("generate_command", "continue a prompt with a trained run"),
+    "merge": ("merge_command", "fold a run's adapter into its base, save the model"),
+    "convert": ("convert_command", "convert checkpoints: hf, gguf, flora, peft"),
+    "quantize": ("quantize_command", "round a model's weights to low bits"),
     "sweep": ("sweep_command", "run every run of an experiment that is not finished"),
     "table": ("table_command", "print an experiment's table and check its claims"),
+    "bench": ("bench_command", "run a benchmark"),
+    "plan": ("plan_command", "show what would be trained, and XLA's cost of a step"),
     "methods": ("methods_command", "list the registered methods with paper and arXiv id"),
 }
 

@@ -180,8 +180,10 @@ def parse_binding(text: str) -> str:
     name, equals, value = map(str.strip, text.partition("="))
     if not equals or not name:
         raise ConfigError(f"--gin.{text}: a binding is written --gin.NAME=VALUE")
-    line = f"{name} = {value}\n"
     where = f"--gin.{name}={value}"
+    # Parentheses are special to shells: @LoRA stands for @LoRA() on a command line.
+    value = f"{value}()" if re.fullmatch(r"@[\w/]+", value) else value
+    line = f"{name} = {value}\n"
     with _located(where):
         try:
             statement = _statement(line)

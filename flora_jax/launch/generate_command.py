@@ -7,10 +7,10 @@ import sys
 
 import jax
 
-from flora_jax import io
 from flora_jax.core.errors import ConfigError
 from flora_jax.evaluation import Sampling, stream_text
 from flora_jax.launch.setup import reopen
+from flora_jax.launch.subjects import open_model
 
 EXAMPLE = 'flora generate --run runs/kjv --prompt "In the beginning" --temperature 0.8'
 
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _load(options: argparse.Namespace) -> tuple:
     if options.model:
-        return io.load(options.model)
+        return open_model(options.model, "float32", {})
     setup, state = reopen(options.run, options.step)
     subject = setup.subject
     if not subject.generates:

@@ -17,6 +17,7 @@ import jax
 
 from flora_jax import io
 from flora_jax.core.errors import ConfigError
+from flora_jax.launch import native
 from flora_jax.models import heads
 from flora_jax.training.losses import CausalLM, Classification, Loss
 
@@ -65,10 +66,11 @@ class Source:
         raise NotImplementedError
 
 
-def _open(source: str, dtype: str, options: Mapping[str, Any]) -> tuple[nn.Module, Any, Any]:
-    """``(model, params, tokenizer)`` of a named model, a folder or a file."""
-    model, params, tokenizer = io.load(source, dtype=dtype, **options)
-    return model, params, tokenizer
+def open_model(source: str, dtype: str, options: Mapping[str, Any]) -> tuple[nn.Module, Any, Any]:
+    """``(model, params, tokenizer or None)`` of a named model, a folder of any format or a file."""
+    if native.is_native(source):
+        return native.load(source, **options)
+    return tuple(io.load(source, dtype=dtype, **options))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -88,7 +90,7 @@ class LanguageModel(Source):
     remat: str = "none"
 
     def load(self, data, folder=None):
-        model, params, tokenizer = _open(self.source, self.dtype, {"remat": self.remat})
+        model, params, tokenizer = open_model(self.source, self.dtype, {"remat": self.remat})
         if self.layers is not None:
             model, params = first_layers(model, params, self.layers)
         loss = CausalLM(model=model)
@@ -112,7 +114,7 @@ class TextClassifier(Source):
     head_seed: int = 0
 
     def load(self, data, folder=None):
-        model, params, tokenizer = _open(self.source, self.dtype, {})
+        model, params, tokenizer = open_model(self.source, self.dtype, {})
         key = jax.random.key(self.head_seed)
         changes = {"pooling": self.pooling, "use_pooler": self.pooling == "pooler"}
         model, params = heads.with_head(model, params, data.num_classes, key, **changes)
@@ -137,7 +139,7 @@ class ImageClassifier(Source):
     head_seed: int = 0
 
     def load(self, data, folder=None):
-        model, params, _ = _open(self.source, self.dtype, {})
+        model, params, _ = open_model(self.source, self.dtype, {})
         key = jax.random.key(self.head_seed)
         model, params = heads.with_head(model, params, data.num_classes, key, pooling=self.pooling)
         return Subject(model, params, Classification(model=model), self.source)

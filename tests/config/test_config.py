@@ -162,8 +162,10 @@ def test_unused_bindings(base):
     assert "nothing uses unused_macro" in message([base])
 
 
-def test_a_reference_must_be_called(base):
-    assert "write @Low()" in message([base], ["adapter=@Low"])
+def test_a_reference_is_called_in_files_and_may_be_short_in_a_shell(base):
+    assert config.load([base], ["adapter=@Tensor"]).arguments("fit")["rules"][".*/kernel"].size == 2
+    base.write_text(BASE + "adapter = @Low\n")
+    assert message([base]).endswith(":7: @Low is not called: write @Low()")
 
 
 def test_required_argument(base):

@@ -1,0 +1,1 @@
+"""The gin files, installed as package data; ``flora`` searches this folder by default."""
