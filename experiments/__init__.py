@@ -1,0 +1,1 @@
+"""Experiments, one folder each: base.gin, sweep.py, table.py, expected.json."""
