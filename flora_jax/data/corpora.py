@@ -170,7 +170,7 @@ CORPORA = {
     for c in (
         Corpus(
             name="python-docs",
-            about="79 topics of the Python language reference, 0.5 MB of English",
+            about="79 topics of the language reference, 0.5 MB of English prose",
             install="a full Python",
             read=_python_docs,
         ),
