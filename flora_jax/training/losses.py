@@ -99,7 +99,7 @@ def chunked_cross_entropy(
         logits = head(h)
         loss, nll = token_losses(logits, t, label_smoothing=label_smoothing, z_loss=z_loss)
         right = (jnp.argmax(logits, axis=-1) == t).astype(jnp.float32)
-        # where, not a product: a masked position may hold anything, even Inf
+        # where, not a product: Inf at a masked position must not make the sum NaN
         return jnp.stack([jnp.sum(jnp.where(m > 0, m * v, 0.0)) for v in (loss, nll, right)])
 
     mask = mask.astype(jnp.float32)
