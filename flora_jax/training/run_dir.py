@@ -170,7 +170,13 @@ class RunDir:
         lines = self.metrics_path.read_text().split("\n")[
             :-1
         ]  # what follows the last newline is cut
-        return [json.loads(line) for line in lines]
+        rows = []
+        for number, line in enumerate(lines, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise RunError(f"{self.metrics_path} line {number} is not JSON") from None
+        return rows
 
     def rewind_metrics(self, step: int) -> None:
         """Drops the lines after ``step``: a resumed run writes them again, bit for bit."""
