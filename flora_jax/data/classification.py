@@ -13,7 +13,7 @@ import numpy as np
 
 from flora_jax.core.errors import ConfigError, FormatError
 from flora_jax.data import pipeline
-from flora_jax.data.corpora import fortune_files, wordnet_glosses
+from flora_jax.data.corpora import PythonFiles, fortune_files, wordnet_glosses
 from flora_jax.data.documents import (
     Concatenated,
     Fields,
@@ -38,8 +38,9 @@ class ClassificationData:
     Attributes:
         source: ``.jsonl``, ``.json``, ``.tsv``, ``.csv`` or ``.parquet`` files of records
             with ``text``, ``label`` and optionally ``text_pair``; a VADER ``*_GroundTruth.txt``;
-            or ``fortunes`` (topic of an epigram), ``wordnet-noun``, ``wordnet-verb`` (supersense
-            of a gloss).
+            or ``python-packages`` (which package of the standard library a paragraph of a
+            docstring documents; needs only Python), ``fortunes`` (topic of an epigram),
+            ``wordnet-noun``, ``wordnet-verb`` (supersense of a gloss).
         eval_source: test data of its own; then nothing is split from ``source``.
         fields: field names of the records.
         labels: the classes in order; by default the sorted labels that occur.
@@ -234,8 +235,26 @@ def _glosses(part: str, fields: Fields) -> Source:
     return InMemory([{fields.text: text, fields.label: str(kind)} for kind, text in pairs])
 
 
+# Packages that every Python from 3.11 to 3.13 has, each with a hundred paragraphs or more.
+_DOCUMENTED = ("asyncio", "email", "http", "importlib", "logging", "unittest", "urllib", "xml")
+
+
+def _python_packages(fields: Fields) -> Source:
+    """Paragraphs of the standard library's docstrings; the label is the package they document."""
+    modules = PythonFiles(docstrings=True)
+    found: dict[str, str] = {}
+    for k in range(len(modules)):
+        package, _, rest = modules.name(k).partition("/")
+        if rest and package in _DOCUMENTED:
+            text = "".join(piece for piece, _ in modules[k].pieces)
+            paragraphs = (" ".join(part.split()) for part in text.split("\n\n"))
+            found |= {part: package for part in paragraphs if len(part) >= 60}
+    return InMemory([{fields.text: text, fields.label: label} for text, label in found.items()])
+
+
 LABELLED: dict[str, tuple[str, Callable[[Fields], Source]]] = {
     "fortunes": ("fortunes", _fortunes),
+    "python-packages": ("python3", _python_packages),
     "wordnet-noun": ("wordnet-base", functools.partial(_glosses, "noun")),
     "wordnet-verb": ("wordnet-base", functools.partial(_glosses, "verb")),
 }
