@@ -12,6 +12,7 @@ from flora_jax.core.errors import ConfigError, FloraError, unknown
 
 # name -> (module of flora_jax.launch, what it does)
 COMMANDS = {
+    "quickstart": ("quickstart_command", "fine-tune a small language model twice and compare"),
     "train": ("train_command", "adapt a model to data"),
     "eval": ("eval_command", "judge a trained run again"),
     "generate": ("generate_command", "continue a prompt with a trained run"),

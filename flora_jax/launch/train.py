@@ -16,6 +16,7 @@ from typing import Any
 from flora_jax import training
 from flora_jax.config import entry_point
 from flora_jax.core.adapter import Adapter
+from flora_jax.core.registry import methods
 from flora_jax.launch import setup as setups
 from flora_jax.launch.execute import Preempted
 from flora_jax.launch.subjects import Source
@@ -93,7 +94,7 @@ def train(
         after["retention"] = retention(setup.bound(result.state))
         print(f"retention: {after['retention']:.2f} % on the first task")
     if out is not None:
-        print(_next_commands(out, setup.subject.generates))
+        print(_next_commands(out, setup))
     figures = {**after, **{f"{k}_before": v for k, v in before.items()}}
     return {**figures, "trained": setup.plan.count, "seconds": seconds, **_speed(result.metrics)}
 
@@ -146,12 +147,15 @@ def _report(when: str, figures: Mapping[str, float], text: str | None) -> None:
         print(f"{when}: {text!r}", flush=True)
 
 
-def _next_commands(folder: str, generates: bool) -> str:
+def _next_commands(folder: str, setup: setups.Setup) -> str:
+    """The exact commands that reload, merge and export the run."""
     lines = [f"run folder: {folder}", f"  flora eval --run {folder}"]
-    if generates:
-        lines.append(f'  flora generate --run {folder} --prompt "Once upon a time"')
+    if setup.subject.generates:
+        lines.append(f'  flora generate --run {folder} --prompt "{setup.options["prompt"]}"')
     lines.append(f"  flora merge --run {folder} --out {folder}/merged")
-    lines.append(f"  flora convert {folder} {folder}/peft --to peft")
+    forms = {row.cls: row.peft for row in methods("adapter")}
+    if hasattr(setup.subject.model, "to_hf") and all(forms[type(e.adapter)] for e in setup.plan):
+        lines.append(f"  flora convert {folder} {folder}/peft --to peft")
     return "\n".join(lines)
 
 
