@@ -60,6 +60,9 @@ def main():
         mesh=training.make_mesh(mesh) if mesh else None,
         **options,
     )
+    if mesh:
+        kernel = result.state.train["layers/up_proj/kernel"]
+        print({name: tuple(x.sharding.spec) for name, x in kernel.items()}, flush=True)
     print("ended", result.status, int(result.state.step), flush=True)
 
 

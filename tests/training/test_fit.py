@@ -1,5 +1,6 @@
 """``fit`` in this process: non-finite stops, early stopping, evaluations, data, folders."""
 
+import io
 import itertools
 import json
 
@@ -14,6 +15,7 @@ import flora_jax as flora
 from flora_jax import training
 from flora_jax.core.errors import ConfigError
 from flora_jax.training import RunDir, RunError
+from flora_jax.training.metrics import MetricWriter, Progress, TensorBoard
 
 PLAIN = {"layers/up_proj/kernel": flora.LoRA(rank=2, alpha=4.0)}
 
@@ -150,6 +152,32 @@ def test_plain_lines_when_not_a_terminal(fit, capsys):
     assert [line.split("  ")[0] for line in lines[:3]] == ["step 1/3", "step 2/3", "step 3/3"]
     assert "tokens/s" in lines[2] and "eta 0:00:00" in lines[2] and "loss" in lines[0]
     assert lines[3] == "done at step 3: steps"
+
+
+def test_bar_on_a_terminal():
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    bar = Progress(4, 1, Terminal())
+    bar.advance(3)
+    bar.report(3, {"loss": 1.25, "perf/tokens_per_s": 1e6, "perf/seconds_per_step": 0.1})
+    bar.say("note")
+    bar.close()
+    text = bar.file.getvalue()
+    assert "3/4" in text and "loss 1.2500 1,000,000 tokens/s" in text and "note\n" in text
+
+
+@pytest.mark.skipif(not TensorBoard.installed(), reason="tensorboard is not installed")
+def test_tensorboard_events(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = MetricWriter(RunDir.claim(tmp_path / "r"))
+    writer.write(3, {"loss": 0.5, "note": "nan"})
+    writer.close()
+    events = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
+    (scalar,) = events.Scalars("loss")
+    assert (scalar.step, scalar.value) == (3, 0.5)
 
 
 def test_wrong_arguments(fit):

@@ -95,7 +95,8 @@ def assert_same_curve(folder, straight):
 def test_eight_devices_give_the_same_curve(straight, tmp_path):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     flags = "--xla_force_host_platform_device_count=8"
-    finish(start(tmp_path / "run", flags, mesh=mesh))
+    out = finish(start(tmp_path / "run", flags, mesh=mesh))
+    assert "{'a': (None, 'fsdp', None), 'b': (None, None, 'tensor')}" in out
     assert_same_curve(tmp_path / "run", straight)
 
 
