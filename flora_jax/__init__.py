@@ -1,5 +1,8 @@
 """flora_jax: parameter-efficient training as arithmetic on parameter pytrees."""
 
+import importlib as _importlib
+from typing import Any as _Any
+
 from flora_jax import adapters as adapters
 from flora_jax.adapters import IA3 as IA3
 from flora_jax.adapters import NOLA as NOLA
@@ -29,3 +32,12 @@ from flora_jax.quant import dequantize as dequantize
 from flora_jax.quant import quantize as quantize
 
 __version__ = "0.1.0"
+
+# Submodules that need more than jax and numpy: imported when first named.
+_LAZY = ("io", "linen", "nnx", "models", "data", "training", "evaluation", "config")
+
+
+def __getattr__(name: str) -> _Any:
+    if name in _LAZY:
+        return _importlib.import_module(f"flora_jax.{name}")
+    raise AttributeError(f"module 'flora_jax' has no attribute {name!r}")
