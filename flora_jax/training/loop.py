@@ -94,7 +94,8 @@ def fit(
       optimizer: AdamW(1e-3) by default.
       adapters: initial adapters; fresh ones from ``seed`` by default.
       accumulate, clip: see :func:`make_step`.
-      log_every, save_every, eval_every: in steps; the last step is always logged and saved.
+      log_every, save_every, eval_every: in steps; the last step is always logged, saved and (with
+        evals) evaluated.
       keep, best, best_mode: the last ``keep`` checkpoints and the best by ``best`` stay.
       evals: ``{name: eval}``; an eval is a re-iterable of batches (the loss is averaged over it) or
         ``f(state, base) -> {metric: value}``. Results are logged as ``name/metric``.
@@ -251,10 +252,11 @@ class _Loop:
         return state, reason
 
     def _due(self, what: str, step: int) -> bool:
-        """Logging is due at evaluations and at the end, too."""
+        """Logging and evaluation are due at the end, logging at evaluations, too."""
+        every = self.every[what]
         if what == "log" and (step == self.steps or self._due("eval", step)):
             return True
-        return bool(self.every[what]) and step % self.every[what] == 0
+        return bool(every) and (step % every == 0 or (what == "eval" and step == self.steps))
 
     def _check(self, step: int, metrics: Any) -> None:
         """Stops the run when a step was not finite; its state was left as it had been."""

@@ -49,6 +49,8 @@ def main():
     stream = Dying(process=process, processes=processes)
     stream.die_at, stream.slow = options.pop("die_at", None), options.pop("slow", 0.0)
     mesh = options.pop("mesh", None)
+    held_out = Stream(process=process, processes=processes)
+    held_out = [batch for batch, _ in zip(held_out, range(2), strict=False)]
     loss, base, plan, _ = language_model(RULES)
     result = training.fit(
         loss,
@@ -58,6 +60,7 @@ def main():
         run_dir=sys.argv[1],
         optimizer=training.lora_plus(training.AdamW(learning_rate=1e-2), 4.0),
         mesh=training.make_mesh(mesh) if mesh else None,
+        evals={"eval": held_out},
         **options,
     )
     if mesh:

@@ -18,7 +18,7 @@ from flora_jax.training import RunDir
 
 HERE = Path(__file__).parent
 SCRIPT = HERE / "fit_script.py"
-RUN = {"steps": 10, "log_every": 1, "save_every": 5, "progress": False, "tensorboard": False}
+RUN = {"steps": 10, "log_every": 1, "save_every": 5, "eval_every": 4, "progress": False}
 
 
 CACHE = tempfile.mkdtemp(prefix="flora-jax-cache-")  # the processes compile the same programs
@@ -59,6 +59,7 @@ def straight(tmp_path_factory):
     finish(start(folder))
     lines = curve(folder)
     assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["step"] for line in lines if "eval/loss" in line] == [4, 8, 10]
     assert RunDir(folder).status()["state"] == "done"
     return lines
 
@@ -88,7 +89,8 @@ def assert_same_curve(folder, straight):
     lines = curve(folder)
     assert len(lines) == len(straight)
     for a, b in zip(lines, straight, strict=True):
-        for name in ("loss", "grad_norm", "weight"):
+        assert a.keys() == b.keys()
+        for name in a.keys() & {"loss", "grad_norm", "weight", "eval/loss", "eval/accuracy"}:
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=f"{a['step']} {name}")
 
 
