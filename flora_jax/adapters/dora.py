@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.adapters.lora import LoRA
-from flora_jax.core.operators import Diag, LowRank, branch
+from flora_jax.core.operators import LowRank
 from flora_jax.core.registry import register
+from flora_jax.core.structured import Diag, branch
 
 # Guards a zero column; PEFT has no guard and gives NaN there.
 EPS = 1e-12

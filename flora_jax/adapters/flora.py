@@ -10,8 +10,8 @@ import jax.numpy as jnp
 
 from flora_jax.core.adapter import CONTRACTED, Adapter
 from flora_jax.core.errors import PlanError
-from flora_jax.core.operators import branch
 from flora_jax.core.registry import register
+from flora_jax.core.structured import branch
 from flora_jax.core.tucker import Tucker
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flora_jax.adapters.initializers import kaiming_uniform, xavier_uniform
 from flora_jax.core.adapter import Adapter, batch_dims, check_rank
 from flora_jax.core.errors import PlanError
-from flora_jax.core.operators import Compose, Dropout, Identity, LowRank, Matrix
+from flora_jax.core.operators import Compose, Identity, LowRank, Matrix
 from flora_jax.core.registry import register
+from flora_jax.core.structured import Dropout
 
 
 @register(

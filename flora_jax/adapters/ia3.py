@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from flora_jax.core.adapter import Adapter, batch_dims
 from flora_jax.core.errors import PlanError
-from flora_jax.core.operators import Channelwise, Diag
 from flora_jax.core.registry import register
+from flora_jax.core.structured import Channelwise, Diag
 
 
 @register(

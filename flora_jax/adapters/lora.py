@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flora_jax.adapters.initializers import kaiming_uniform
 from flora_jax.core.adapter import Adapter, batch_dims, check_rank
 from flora_jax.core.errors import PlanError
-from flora_jax.core.operators import LowRank, branch
+from flora_jax.core.operators import LowRank
 from flora_jax.core.registry import register
+from flora_jax.core.structured import branch
 
 
 @register(

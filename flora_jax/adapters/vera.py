@@ -10,8 +10,9 @@ import jax.numpy as jnp
 
 from flora_jax.core.adapter import Adapter
 from flora_jax.core.errors import PlanError
-from flora_jax.core.operators import LowRank, branch
+from flora_jax.core.operators import LowRank
 from flora_jax.core.registry import register
+from flora_jax.core.structured import branch
 
 
 def _rows(key: jax.Array, n: int, rank: int, bound: float) -> jax.Array:

@@ -5,24 +5,9 @@ import pytest
 
 from flora_jax.core.contraction import Conv, Dot
 from flora_jax.core.errors import LazyError
-from flora_jax.core.operators import (
-    Base,
-    BlockDiag,
-    Channelwise,
-    Compose,
-    Diag,
-    Dropout,
-    Identity,
-    Inputs,
-    Kron,
-    LowRank,
-    Matrix,
-    Permute,
-    Sparse,
-    Sum,
-    delta,
-)
+from flora_jax.core.operators import Base, Compose, Identity, Inputs, LowRank, Matrix, Sum, delta
 from flora_jax.core.spec import KernelSpec
+from flora_jax.core.structured import BlockDiag, Channelwise, Diag, Dropout, Kron, Permute, Sparse
 from flora_jax.core.tucker import Tucker
 
 SPEC = KernelSpec.dense()

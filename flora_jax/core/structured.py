@@ -1,0 +1,184 @@
+"""Structured maps: diagonal, blocks, Kronecker, sparse, permutation, input channels, dropout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.core.contraction import over_batch
+from flora_jax.core.errors import LazyError
+from flora_jax.core.operators import Compose, LinearMap, transpose
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Diag(LinearMap):
+    """``M = diag(values)``, values ``[n]`` or ``[B, n]``."""
+
+    values: jax.Array
+
+    def then(self, y):
+        return y * over_batch(self.values, y)
+
+    def dense(self):
+        return self.values[..., None] * jnp.eye(self.values.shape[-1], dtype=self.values.dtype)
+
+    @property
+    def T(self):
+        return self
+
+    def flops(self):
+        return self.values.size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockDiag(LinearMap):
+    """``M = blockdiag(blocks)``, blocks ``[n, p, q]``."""
+
+    blocks: jax.Array
+
+    def then(self, y):
+        n, p, q = self.blocks.shape
+        z = y.reshape(*y.shape[:-1], n, p)
+        z = jnp.einsum("...np,npq->...nq", z, self.blocks.astype(y.dtype))
+        return z.reshape(*y.shape[:-1], n * q)
+
+    def dense(self):
+        return jax.scipy.linalg.block_diag(*self.blocks)
+
+    @property
+    def T(self):
+        return BlockDiag(transpose(self.blocks))
+
+    def flops(self):
+        return 2 * self.blocks.size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Kron(LinearMap):
+    """``M = sum_k left_k (x) right_k``, left ``[k, m, n]``, right ``[k, p, q]``: ``[mp, nq]``."""
+
+    left: jax.Array
+    right: jax.Array
+
+    def then(self, y):
+        (_, m, n), (_, p, q) = self.left.shape, self.right.shape
+        z = y.reshape(*y.shape[:-1], m, p)
+        left, right = self.left.astype(y.dtype), self.right.astype(y.dtype)
+        z = jnp.einsum("...mp,kmn,kpq->...nq", z, left, right)
+        return z.reshape(*y.shape[:-1], n * q)
+
+    def dense(self):
+        return jax.vmap(jnp.kron)(self.left, self.right).sum(0)
+
+    @property
+    def T(self):
+        return Kron(transpose(self.left), transpose(self.right))
+
+    def flops(self):
+        (k, m, n), (_, p, q) = self.left.shape, self.right.shape
+        return 2 * k * (m * n * p + n * p * q)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Sparse(LinearMap):
+    """``M[rows, cols] += values`` and zero elsewhere; ``size = (in, out)``."""
+
+    rows: jax.Array
+    cols: jax.Array
+    values: jax.Array
+    size: tuple[int, int]
+
+    def then(self, y):
+        picked = jnp.take(y, self.rows, axis=-1) * self.values.astype(y.dtype)
+        out = jnp.zeros((*y.shape[:-1], self.size[1]), y.dtype)
+        return out.at[..., self.cols].add(picked)
+
+    def dense(self):
+        return jnp.zeros(self.size, self.values.dtype).at[self.rows, self.cols].add(self.values)
+
+    @property
+    def T(self):
+        return Sparse(self.cols, self.rows, self.values, self.size[::-1])
+
+    def flops(self):
+        return 2 * self.values.size
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Permute(LinearMap):
+    """``(x M)[j] = x[index[j]]``."""
+
+    index: jax.Array
+
+    def then(self, y):
+        return jnp.take(y, self.index, axis=-1)
+
+    def dense(self):
+        return jnp.eye(self.index.shape[0])[:, self.index]
+
+    @property
+    def T(self):
+        return Permute(jnp.argsort(self.index))
+
+    def flops(self):
+        return 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Channelwise(LinearMap):
+    """A map on the input channels of a layer: ``I_window (x) inner`` for a convolution."""
+
+    on_inputs = True
+
+    inner: LinearMap
+    window: int = 1
+
+    def apply(self, inputs):
+        raise LazyError("Channelwise acts on a layer's input; compose it with a kernel map")
+
+    def then(self, y):
+        return self.inner.then(y)
+
+    def dense(self):
+        matrix = self.inner.dense()
+        if self.window == 1:
+            return matrix
+        return jnp.kron(jnp.eye(self.window, dtype=matrix.dtype), matrix)
+
+    @property
+    def T(self):
+        return Channelwise(self.inner.T, self.window)
+
+    def flops(self):
+        return self.window * self.inner.flops()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dropout(LinearMap):
+    """Inverted dropout on a branch's input; the identity as a matrix."""
+
+    on_inputs = True
+
+    rate: float
+    key: jax.Array
+
+    def then(self, y):
+        keep = jax.random.bernoulli(self.key, 1.0 - self.rate, y.shape)
+        return jnp.where(keep, y / (1.0 - self.rate), jnp.zeros_like(y))
+
+    def dense(self):
+        raise LazyError("a map with active dropout has no matrix; bind without rng to merge")
+
+    @property
+    def T(self):
+        return self
+
+    def flops(self):
+        return 0
+
+
+def branch(inner: LinearMap, rate: float, key: jax.Array | None) -> LinearMap:
+    """A map with dropout on its input when a key is given."""
+    return inner if key is None or rate == 0.0 else Compose(Dropout(rate, key), inner)
