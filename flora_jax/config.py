@@ -245,13 +245,16 @@ def load(
     """
     clear()
     sources: list[str] = []
+    open_files: list[Path] = []
 
     def read(name: str, beside: Path | None = None) -> str:
-        path = find_file(name, search_paths, beside)
-        if str(path.resolve()) in sources:
-            raise ConfigError(f"{name} is included twice")
-        sources.append(str(path.resolve()))
+        path = find_file(name, search_paths, beside).resolve()
+        if path in open_files:
+            raise ConfigError(f"{name} includes itself")
+        sources.append(str(path))
+        open_files.append(path)
         text = _parsed.parse_file(path, name, lambda included: read(included, path.parent))
+        open_files.pop()
         return text if text.endswith("\n") else text + "\n"
 
     text = "".join(read(str(file)) for file in files)

@@ -34,6 +34,16 @@ PACKAGES = (
     "ml_dtypes",
     "safetensors",
 )
+WRITTEN = (
+    "status.json",
+    "config.gin",
+    "operative.gin",
+    "environment.json",
+    "error.txt",
+    "plan.txt",
+    "plan.json",
+    "base.safetensors",
+)
 
 
 class Preempted(FloraError):
@@ -91,11 +101,21 @@ def prepare(config: Config, entry: str, out: str | Path, argv: Sequence[str]) ->
     Raises:
       RunError: the folder holds another run.
     """
+    _forget_stillborn(RunDir(Path(out)))
     run = RunDir.claim(out, identity=run_hash(config, entry))
     write_text(run.path / "config.gin", config.text)
     write_text(run.path / "operative.gin", config.operative())
     write_text(run.path / "environment.json", json.dumps(environment(argv), indent=1) + "\n")
     return run
+
+
+def _forget_stillborn(run: RunDir) -> None:
+    """Frees the folder of a run that failed before its first step, e.g. by a rule with a typo."""
+    if not run.path.is_dir() or run.status().get("state") != "failed":
+        return
+    if not run.metrics_path.exists() and not any(run.checkpoints.glob("*")):
+        for name in WRITTEN:
+            (run.path / name).unlink(missing_ok=True)
 
 
 def execute(

@@ -26,17 +26,21 @@ def hints(thing: Any) -> dict[str, Any]:
 def describe(hint: Any) -> str:
     """A type hint as a reader writes it.
 
-    >>> describe(tuple[int, ...] | None)
-    'tuple[int, ...] or None'
+    >>> describe(dict[str, int | None]), describe(tuple[int, ...] | None)
+    ('dict[str, int or None]', 'tuple[int, ...] or None')
     """
     if hint is type(None):
         return "None"
-    origin = typing.get_origin(hint)
+    if hint is Ellipsis:
+        return "..."
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(describe, typing.get_args(hint)))
+        return " or ".join(map(describe, args))
     if origin is typing.Literal:
-        return "one of " + ", ".join(map(repr, typing.get_args(hint)))
-    if origin is None and isinstance(hint, type):
+        return "one of " + ", ".join(map(repr, args))
+    if isinstance(origin, type) and origin is not collections.abc.Callable:
+        return f"{origin.__name__}[{', '.join(map(describe, args))}]"
+    if isinstance(hint, type):
         return hint.__name__
     return str(hint).replace("typing.", "").replace("collections.abc.", "")
 
@@ -55,15 +59,28 @@ def conform(value: Any, hint: Any, where: str) -> Any:
     fits, result = _fit(value, hint)
     if fits:
         return result
-    hint_text = describe(hint)
-    help_text = ""
-    if isinstance(value, str) and not _accepts_text(hint):
-        help_text = _text_help(value)
-    raise ConfigError(f"{where} = {value!r}: expected {hint_text}, got {_kind(value)}{help_text}")
+    inner, wanted = _culprit(value, hint)
+    kind = "None" if value is None else type(value).__name__
+    if inner is not value:
+        kind += f" with {inner!r}"
+    if isinstance(inner, str) and not _accepts_text(wanted):
+        kind += _text_help(inner)
+    raise ConfigError(f"{where} = {value!r}: expected {describe(hint)}, got {kind}")
 
 
-def _kind(value: Any) -> str:
-    return "None" if value is None else type(value).__name__
+def _culprit(value: Any, hint: Any) -> tuple[Any, Any]:
+    """The innermost value that does not fit, and the hint that it breaks."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    parts: list[tuple[Any, Any]] = []
+    if isinstance(value, collections.abc.Mapping) and len(args) == 2 and origin is not tuple:
+        parts = [(v, args[1]) for v in value.values()]
+    elif (
+        isinstance(value, (list, tuple)) and args and origin not in (typing.Union, types.UnionType)
+    ):
+        inner = (args[0],) * len(value) if Ellipsis in args or len(args) == 1 else args
+        parts = list(zip(value, inner))
+    bad = next((part for part in parts if not _fit(*part)[0]), None)
+    return (value, hint) if bad is None else _culprit(*bad)
 
 
 def _text_help(value: str) -> str:

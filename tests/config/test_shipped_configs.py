@@ -1,0 +1,62 @@
+"""Every gin file in the tree parses, finalizes and has a header; every run is complete."""
+
+from pathlib import Path
+
+import pytest
+
+from flora_jax import config
+from flora_jax.core.registry import methods
+from flora_jax.launch import catalogue
+from flora_jax.launch.experiment import Experiment
+
+ROOT = Path(__file__).parents[2]
+FILES = sorted(p for name in ("configs", "experiments") for p in (ROOT / name).rglob("*.gin"))
+RUNS = sorted((ROOT / "configs" / "runs").glob("*.gin"))
+SWEEPS = sorted(p.parent for p in (ROOT / "experiments").glob("*/sweep.py"))
+
+
+def name(path):
+    return path.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_parses_with_finalize_after_a_run_template(path):
+    catalogue.register_all()
+    if path.parent.parent.name == "experiments":
+        Experiment.find(path.parent).module("sweep")
+    folder = path.parent.name
+    template = [RUNS[0]] if folder in ("models", "data") else []  # they use its macros
+    config.load([*template, path], search_paths=[path.parent])
+    assert path.read_text().startswith("# "), (
+        "a gin file starts with a comment that says what it is"
+    )
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name)
+def test_a_run_builds_and_uses_every_binding(path):
+    catalogue.register_all()
+    arguments = config.load([path]).arguments("train")
+    assert arguments["steps"] > 0 and arguments["rules"]
+    header = path.read_text()
+    assert f"flora train --gin_file=runs/{path.name}" in header and "Expected" in header
+
+
+@pytest.mark.parametrize("method", [m.name for m in methods("adapter")])
+def test_a_configuration_per_method(method):
+    catalogue.register_all()
+    files = sorted((ROOT / "configs" / "adapters").glob("*.gin"))
+    with_it = [p for p in files if f"adapter = @{method}()" in p.read_text()]
+    assert with_it, f"configs/adapters has no file for {method}"
+    for path in with_it:
+        loaded = config.load([ROOT / "configs/runs/finetune_lm.gin", path])
+        (adapter,) = set(loaded.arguments("train")["rules"].values())
+        assert type(adapter).__name__ == method
+
+
+@pytest.mark.parametrize("folder", SWEEPS, ids=lambda p: p.name)
+def test_every_run_of_every_sweep_parses(folder):
+    catalogue.register_all()
+    experiment = Experiment.find(folder)
+    assert experiment.runs()
+    assert (folder / "README.md").is_file()
+    experiment.expected()

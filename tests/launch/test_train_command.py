@@ -1,0 +1,158 @@
+"""One run from the command line to its reload, merge and export."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import flora_jax as flora
+from flora_jax import io
+from flora_jax.cli import main
+from flora_jax.core.paths import flatten
+from flora_jax.launch import native
+from flora_jax.launch.setup import reopen
+from flora_jax.training.run_dir import RunDir
+
+
+def test_the_run_folder_is_complete(trained):
+    names = {p.name for p in trained.iterdir()}
+    wanted = (
+        "config.gin operative.gin environment.json status.json metrics.jsonl plan.txt plan.json"
+    )
+    assert set(wanted.split()) | {"checkpoints"} <= names
+    status = RunDir(trained).status()
+    assert status["state"] == "done" and status["step"] == status["steps"] == 4
+    result = status["result"]
+    assert result["perplexity"] < result["perplexity_before"]
+    assert result["trained"] == 2 * (2 * (64 + 64) + 2 * (64 + 32))
+    environment = json.loads((trained / "environment.json").read_text())
+    assert environment["argv"][0] == "flora" and environment["versions"]["jax"] == jax.__version__
+    assert "AdamW.b1 = 0.9" in (trained / "operative.gin").read_text()
+    steps = [line["step"] for line in RunDir(trained).metrics()]
+    assert steps == [2, 4]
+
+
+def test_train_prints_plan_figures_samples_and_next_commands(tiny, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["train", f"--gin_file={tiny / 'lm.gin'}", "--gin.adapter=@DoRA", f"--out={out}"]
+    assert main([*words, "--gin.train.steps=1"]) == 0
+    text = capsys.readouterr().out
+    assert "layers/self_attn/q_proj/kernel  2x64x64" in text and "DoRA()" in text
+    assert "before: perplexity" in text and "after: perplexity" in text
+    assert text.count("'the fox") == 2
+    assert f"flora merge --run {out} --out {out}/merged" in text
+    assert f"flora convert {out} {out}/peft --to peft" in text
+
+
+def test_eval_reloads_the_same_figures(trained, capsys):
+    assert main(["eval", "--run", str(trained), "--base", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    result = RunDir(trained).status()["result"]
+    assert found["step 4"]["perplexity"] == pytest.approx(result["perplexity"], rel=1e-6)
+    assert found["base"]["perplexity"] == pytest.approx(result["perplexity_before"], rel=1e-6)
+
+
+def test_the_same_command_again_changes_nothing_and_another_is_refused(tiny, trained, capsys):
+    before = RunDir(trained).status()["result"]["perplexity"]
+    words = ["train", f"--gin_file={tiny / 'lm.gin'}", f"--out={trained}"]
+    assert main(words) == 0
+    assert RunDir(trained).status()["result"]["perplexity"] == pytest.approx(before, rel=1e-6)
+    config = (trained / "config.gin").read_text()
+    assert main([*words, "--gin.LoRA.rank=3"]) == 1
+    assert "already holds another run" in capsys.readouterr().err
+    assert (trained / "config.gin").read_text() == config
+
+
+def test_merge_then_the_plain_model_is_the_adapted_one(trained, tmp_path, capsys):
+    out = tmp_path / "merged"
+    assert main(["merge", "--run", str(trained), "--out", str(out)]) == 0
+    setup, state = reopen(trained)
+    want = flora.materialize(setup.bound(state))
+    model, params = io.load_hf(out)
+    for path, leaf in flatten(params).items():
+        np.testing.assert_array_equal(leaf, flatten(want)[path], err_msg=path)
+    capsys.readouterr()
+    assert main(["generate", "--model", str(out), "--prompt", "the", "--max_tokens", "5"]) == 0
+    merged = capsys.readouterr().out
+    assert main(["generate", "--run", str(trained), "--prompt", "the", "--max_tokens", "5"]) == 0
+    assert capsys.readouterr().out == merged and merged.startswith("the")
+    assert main(["merge", "--run", str(trained), "--out", str(out)]) == 1
+    assert "already holds a model" in capsys.readouterr().err
+
+
+def test_sampling_depends_on_the_seed_alone(trained, capsys):
+    def sample(seed):
+        words = ["generate", "--run", str(trained), "--prompt", "the", "--max_tokens", "8"]
+        assert main([*words, "--temperature", "1.0", "--top_p", "0.95", "--seed", seed]) == 0
+        return capsys.readouterr().out
+
+    assert sample("1") == sample("1") != sample("2")
+
+
+def test_convert_to_peft_and_back(trained, tmp_path):
+    out = tmp_path / "peft"
+    assert main(["convert", str(trained), str(out), "--to", "peft"]) == 0
+    setup, state = reopen(trained)
+    plan, adapters = io.load_peft(out, setup.base, setup.subject.model)
+    bound = flora.materialize(flora.bind(setup.base, adapters, plan))
+    want = flora.materialize(setup.bound(state))
+    for path, leaf in flatten(bound).items():
+        np.testing.assert_allclose(leaf, flatten(want)[path], atol=1e-6, err_msg=path)
+
+
+def test_convert_between_formats(tiny, trained, tmp_path, capsys):
+    gguf, ours, hf = (tmp_path / name for name in ("m.gguf", "ours", "hf"))
+    assert main(["convert", str(trained), str(gguf), "--to", "gguf"]) == 0
+    assert main(["convert", str(gguf), str(ours), "--to", "flora"]) == 0
+    assert main(["convert", str(ours), str(hf), "--to", "hf"]) == 0
+    setup, state = reopen(trained)
+    want = flatten(flora.materialize(setup.bound(state)))
+    for path, leaf in flatten(io.load_hf(hf)[1]).items():
+        np.testing.assert_allclose(leaf, want[path], rtol=1e-6, err_msg=path)
+    assert main(["convert", str(tiny / "model"), str(hf), "--to", "hf"]) == 1
+    assert "exists: choose another target" in capsys.readouterr().err
+    assert main(["convert", str(tiny / "model"), str(tmp_path / "p"), "--to", "peft"]) == 1
+    assert "not a run folder" in capsys.readouterr().err
+
+
+def test_quantize_writes_low_bits_that_load_and_train(tiny, tmp_path, capsys):
+    out = tmp_path / "int4"
+    words = ["quantize", str(tiny / "model"), "--format", "int4", "--block", "16"]
+    assert main([*words, "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "layers/mlp/down_proj/kernel" in text and "whole model" in text
+    model, params, tokenizer = native.load(out)
+    leaf = params["layers"]["mlp"]["down_proj"]["kernel"]
+    assert type(leaf).__name__ == "QArray" and leaf.shape == (2, 128, 64)
+    _, plain = io.load_hf(tiny / "model")
+    error = np.abs(leaf.dense() - plain["layers"]["mlp"]["down_proj"]["kernel"])
+    assert error.max() <= leaf.scale.max() * 0.5001 and tokenizer.eos_id == 256
+    run = tmp_path / "run"
+    words = ["train", f"--gin_file={tiny / 'lm.gin'}", f"--gin.LanguageModel.source={out}"]
+    assert main([*words, "--gin.train.steps=2", f"--out={run}"]) == 0
+    assert main(["merge", "--run", str(run), "--out", str(tmp_path / "merged")]) == 0
+
+
+def test_plan_reports_what_xla_says(tiny, capsys):
+    assert main(["plan", f"--gin_file={tiny / 'lm.gin'}"]) == 0
+    text = capsys.readouterr().out
+    assert "2 weights, 896 trained numbers" in text
+    assert "one step, per device:" in text and "Gflop" in text
+
+
+def test_bench_step(tiny, capsys):
+    words = ["bench", "step", f"--gin_file={tiny / 'lm.gin'}", "--steps", "2", "--json"]
+    assert main(words) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["tokens_per_s"] > 0 and figures["trained"] == 896
+    assert main(["bench", "stpe"]) == 1
+    assert "unknown benchmark 'stpe'; nearest: step" in capsys.readouterr().err
+
+
+def test_dry_run_writes_nothing(tiny, tmp_path, capsys):
+    out = tmp_path / "dry"
+    assert main(["train", f"--gin_file={tiny / 'lm.gin'}", f"--out={out}", "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert "train.steps = 4" in text and "896 trained numbers" in text
+    assert not out.exists()
