@@ -77,8 +77,8 @@ def architectures() -> list[str]:
 
 
 def init(model: nn.Module, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters of a model of the table."""
-    return model.init(key, *model.dummy_inputs())["params"]
+    """Fresh parameters of a model of the table, made in one compiled program."""
+    return jax.jit(lambda key: model.init(key, *model.dummy_inputs())["params"])(key)
 
 
 def abstract(model: nn.Module) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Our Llama family against ``transformers``, both ways, on random tiny models."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -98,7 +99,7 @@ def test_logits_and_round_trip(name, tokens, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     expected = their_logits(theirs, tokens)
     model, params = io.load_hf(tmp_path / "theirs")
-    got, cache = model.apply({"params": params}, jnp.asarray(tokens))
+    got, cache = jax.jit(model.apply)({"params": params}, tokens)
     assert cache is None
     scale = np.abs(expected).max()
     np.testing.assert_allclose(got, expected, atol=1e-5 * max(scale, 1.0), rtol=0)
@@ -123,8 +124,8 @@ def test_unrolled_parameters_are_the_same(tokens, tmp_path):
     assert "layers_2/self_attn/q_proj/kernel" in paths
     kernel = stacked["layers"]["self_attn"]["q_proj"]["kernel"]
     np.testing.assert_array_equal(paths["layers_2/self_attn/q_proj/kernel"], kernel[2])
-    a = scanned.apply({"params": stacked}, tokens)[0]
-    b = unrolled.apply({"params": separate}, tokens)[0]
+    a = jax.jit(scanned.apply)({"params": stacked}, tokens)[0]
+    b = jax.jit(unrolled.apply)({"params": separate}, tokens)[0]
     np.testing.assert_allclose(a, b, atol=1e-5)
     io.save_hf(tmp_path / "out", unrolled, separate)
     _, back = io.load_hf(tmp_path / "out")
@@ -141,7 +142,7 @@ def test_bfloat16_checkpoint(tokens, tmp_path):
     assert params["norm"]["scale"].dtype == jnp.bfloat16
     model, params = io.load_hf(tmp_path, dtype="float32")
     expected = their_logits(theirs.eval(), tokens)
-    got = model.apply({"params": params}, tokens)[0]
+    got = jax.jit(model.apply)({"params": params}, tokens)[0]
     np.testing.assert_allclose(got, expected, atol=1e-5 * np.abs(expected).max())
 
 
