@@ -53,7 +53,10 @@ class Layout:
         if mesh is None and jax.process_count() > 1:
             raise ConfigError(f"{jax.process_count()} processes need a mesh, e.g. data=-1")
         if mesh is None:
-            return cls(None, None, None, None, abstract)
+            # said outright, so that a checkpoint of a larger mesh restores on one device
+            here = jnp.zeros(()).sharding
+            one = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
+            return cls(None, None, None, None, jax.tree.map(one, abstract))
         specs = sharding.base_specs(base, mesh, rules)
         state = sharding.state_shardings(abstract, plan, specs, mesh)
         abstract = jax.tree.map(

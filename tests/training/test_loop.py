@@ -94,12 +94,13 @@ def assert_same_curve(folder, straight):
             np.testing.assert_allclose(a[name], b[name], rtol=1e-4, err_msg=f"{a['step']} {name}")
 
 
-def test_eight_devices_give_the_same_curve(straight, tmp_path):
+def test_eight_devices_give_the_same_curve_and_one_goes_on(straight, tmp_path):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
     flags = "--xla_force_host_platform_device_count=8"
     out = finish(start(tmp_path / "run", flags, mesh=mesh))
     assert "{'a': (None, 'fsdp', None), 'b': (None, None, 'tensor')}" in out
     assert_same_curve(tmp_path / "run", straight)
+    assert "ended done 12" in finish(start(tmp_path / "run", steps=12))
 
 
 def test_two_processes_give_the_same_curve(straight, tmp_path):
