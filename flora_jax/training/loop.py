@@ -127,7 +127,8 @@ def fit(
         loss, plan, optimizer, accumulate=accumulate, clip=clip, shardings=layout.state
     )
     best_of = {"best": best, "mode": best_mode}
-    with Checkpointer(run.checkpoints, owner, keep=keep, **best_of) as saver:
+    saver = Checkpointer(run.checkpoints, owner, keep=keep, **best_of)
+    with saver, Sigterm() as sigterm:
         loop = _Loop(
             run=run,
             saver=saver,
@@ -140,6 +141,7 @@ def fit(
             every={"log": log_every, "save": save_every, "eval": eval_every},
             stopping=early_stopping,
             writer=MetricWriter(run if distributed.is_main() else None, tensorboard),
+            sigterm=sigterm,
         )
         return loop.run_to_end(fresh, progress and distributed.is_main())
 
@@ -174,6 +176,8 @@ class _Loop:
     every: Mapping[str, int | None]
     stopping: EarlyStopping | None
     writer: MetricWriter
+    sigterm: Sigterm
+    told: float = 0.0
     since: tuple[float, int] | None = None
     line: dict[str, Any] = dataclasses.field(default_factory=dict)
     pending: collections.deque = dataclasses.field(default_factory=collections.deque)
@@ -185,8 +189,7 @@ class _Loop:
         self.progress = Progress(self.steps, int(state.step), show=show)
         try:
             self._status("running", int(state.step))
-            with Sigterm() as sigterm:
-                state, reason = self._steps(state, sigterm)
+            state, reason = self._steps(state)
             self._save(state)
             self.saver.wait()
             status = "preempted" if reason == "SIGTERM" else "done"
@@ -218,7 +221,7 @@ class _Loop:
             self._remember({k: v for k, v in line.items() if k.partition("/")[0] in self.evals})
         return state
 
-    def _steps(self, state: TrainState, sigterm: Sigterm) -> tuple[TrainState, str]:
+    def _steps(self, state: TrainState) -> tuple[TrainState, str]:
         done, reason = int(state.step), "steps"
         if self._exhausted():
             return state, "early stopping"
@@ -239,13 +242,13 @@ class _Loop:
                 self.since = (time.perf_counter(), done)
             if self._due("log", done):
                 stop = self._report(state, done, metrics, batch)
-                if stop or distributed.agree(sigterm.arrived):
+                if stop or distributed.agree(self.sigterm.arrived):
                     reason = stop or "SIGTERM"
                     break
             elif self._due("save", done):
                 self._drain()
                 self._save(state)
-            if sigterm.arrived and jax.process_count() == 1:
+            if self.sigterm.arrived and jax.process_count() == 1:
                 reason = "SIGTERM"
                 break
         self._drain()
@@ -290,7 +293,9 @@ class _Loop:
         # the line first: a checkpoint without its line could not be resumed bit for bit
         self.writer.write(step, self.line)
         self.progress.report(step, self.line)
-        self._status("running", step, loss=self.line["loss"])
+        if time.monotonic() - self.told > 1.0:  # each write waits for the disk
+            self._status("running", step, loss=self.line["loss"])
+            self.told = time.monotonic()
         if improved or self._due("save", step) or step == self.steps:
             self._save(state, found)
         return "early stopping" if found and self._exhausted() else None

@@ -1,16 +1,14 @@
 """The loop in processes of its own: kill and resume, SIGTERM, many devices, many processes."""
 
-import atexit
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -21,17 +19,13 @@ SCRIPT = HERE / "fit_script.py"
 RUN = {"steps": 10, "log_every": 1, "save_every": 5, "eval_every": 4, "progress": False}
 
 
-CACHE = tempfile.mkdtemp(prefix="flora-jax-cache-")  # the processes compile the same programs
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
-
-
 def start(folder, flags="", **options):
     env = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": str(HERE.parents[1]),
         "XLA_FLAGS": flags,
-        "JAX_COMPILATION_CACHE_DIR": CACHE,
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     command = [sys.executable, str(SCRIPT), str(folder), json.dumps({**RUN, **options})]
