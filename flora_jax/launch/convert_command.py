@@ -1,7 +1,7 @@
 """Converts a checkpoint: a model between hf, gguf and flora; a run's adapter to HF PEFT.
 
-The source is a named model, a folder, a GGUF file or a run folder (its adapter merged in, except
-with --to peft)."""
+The source is a named model, a folder or a GGUF file, or a run with --run: its adapter alone (--to
+peft, the default) or merged into its base (the other formats)."""
 
 from __future__ import annotations
 
@@ -14,16 +14,20 @@ from flora_jax.launch import native
 from flora_jax.launch.merge_command import merged, save
 from flora_jax.launch.setup import reopen
 from flora_jax.launch.subjects import open_model
-from flora_jax.training.run_dir import RunDir
 
-EXAMPLE = "flora convert smollm2-135m smollm2.gguf --to gguf --dtype q8_0"
+EXAMPLE = (
+    "flora convert --run runs/kjv --out adapter/\n"
+    "  flora convert smollm2-135m --out smollm2.gguf --to gguf --dtype q8_0"
+)
 FORMATS = ("hf", "gguf", "flora", "peft")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", help="a named model, a folder, a GGUF file or a run folder")
-    parser.add_argument("target", help="the folder or file to write")
-    parser.add_argument("--to", required=True, choices=FORMATS, help="the format to write")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("source", nargs="?", help="a named model, a folder or a GGUF file")
+    source.add_argument("--run", metavar="DIR", help="a run folder")
+    parser.add_argument("--out", required=True, metavar="PATH", help="the folder or file to write")
+    parser.add_argument("--to", choices=FORMATS, help="default: peft for a run, else hf")
     parser.add_argument(
         "--dtype", help="float32, bfloat16 ...; for gguf also q8_0, q4_0, q4_1 (default float32)"
     )
@@ -31,42 +35,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    target = Path(options.target)
+    target = Path(options.out)
     if target.exists() and (target.is_file() or any(target.iterdir())):
-        raise ConfigError(f"{target} exists: choose another target")
-    if options.to == "peft":
+        raise ConfigError(f"{target} exists: choose another --out")
+    form = options.to or ("peft" if options.run else "hf")
+    if form == "peft":
         _to_peft(options, target)
     else:
-        _convert(options, target)
-    print(f"{options.source} -> {target} ({options.to})")
+        _convert(options, target, form)
+    print(f"{options.run or options.source} -> {target} ({form})")
     return 0
 
 
-def _convert(options: argparse.Namespace, target: Path) -> None:
+def _convert(options: argparse.Namespace, target: Path, form: str) -> None:
     model, params, tokenizer = _read(options)
-    if options.to == "gguf":
+    if form == "gguf":
         params = quant.dequantize(params)
         io.save_gguf(target, model, params, tokenizer, dtype=options.dtype or "float32")
         return
     if options.dtype:
         params = training.cast_base(params, options.dtype)
-    if options.to == "flora":
+    if form == "flora":
         native.save(target, model, params, tokenizer)
     else:
         save(target, model, quant.dequantize(params), tokenizer)
 
 
 def _read(options: argparse.Namespace) -> tuple:
-    if RunDir(Path(options.source)).status():
-        setup, state = reopen(options.source, options.step)
+    if options.run:
+        setup, state = reopen(options.run, options.step)
         return setup.subject.model, merged(setup, state), setup.subject.tokenizer
     return open_model(options.source, "float32", {})
 
 
 def _to_peft(options: argparse.Namespace, target: Path) -> None:
-    if not RunDir(Path(options.source)).status():
-        raise ConfigError(f"{options.source} is not a run folder: only a run has an adapter")
-    setup, state = reopen(options.source, options.step)
+    if not options.run:
+        raise ConfigError(f"{options.source} has no adapter: give a run folder with --run")
+    setup, state = reopen(options.run, options.step)
     subject = setup.subject
     if not hasattr(subject.model, "to_hf"):
         raise ConfigError(f"{subject.name} is not a model that Hugging Face knows")

@@ -155,7 +155,7 @@ def _next_commands(folder: str, setup: setups.Setup) -> str:
     lines.append(f"  flora merge --run {folder} --out {folder}/merged")
     forms = {row.cls: row.peft for row in methods("adapter")}
     if hasattr(setup.subject.model, "to_hf") and all(forms[type(e.adapter)] for e in setup.plan):
-        lines.append(f"  flora convert {folder} {folder}/peft --to peft")
+        lines.append(f"  flora convert --run {folder} --out {folder}/peft")
     return "\n".join(lines)
 
 

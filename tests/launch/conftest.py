@@ -35,14 +35,14 @@ def _clean_gin():
 
 
 def byte_tokenizer():
-    """256 bytes and an end-of-text token."""
+    """256 bytes, one merge and an end-of-text token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     from flora_jax.io.tokenizer import Tokenizer as Ours
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, "<|end|>"])}
-    backend = Tokenizer(models.BPE(vocabulary, []))
+    vocabulary = {symbol: i for i, symbol in enumerate([*alphabet, "<|end|>", "th"])}
+    backend = Tokenizer(models.BPE(vocabulary, [("t", "h")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens(["<|end|>"])
@@ -53,7 +53,7 @@ def byte_tokenizer():
 def tiny(tmp_path_factory):
     """A folder with a Hugging Face Llama of random weights, a text and a gin file."""
     folder = tmp_path_factory.mktemp("tiny")
-    model = Llama(LlamaConfig.tiny(vocab_size=257, eos_token_id=256))
+    model = Llama(LlamaConfig.tiny(vocab_size=258, eos_token_id=256))
     io.save_hf(folder / "model", model, registry.init(model, jax.random.key(0)))
     byte_tokenizer().save(folder / "model")
     (folder / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)

@@ -52,7 +52,7 @@ def test_merge_of_a_model_that_hugging_face_does_not_know(run, tmp_path, capsys)
     saved = safetensors.TensorFiles(tmp_path / "model.safetensors")
     setup, _ = reopen(run)
     assert set(saved) == set(flatten(setup.base))
-    assert main(["convert", str(run), str(tmp_path / "p"), "--to", "peft"]) == 1
+    assert main(["convert", "--run", str(run), "--out", str(tmp_path / "p")]) == 1
     assert "not a model that Hugging Face knows" in capsys.readouterr().err
 
 

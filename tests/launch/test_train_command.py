@@ -42,7 +42,7 @@ def test_train_prints_plan_figures_samples_and_next_commands(tiny, tmp_path, cap
     assert "before: perplexity" in text and "after: perplexity" in text
     assert text.count("'the fox") == 2
     assert f"flora merge --run {out} --out {out}/merged" in text
-    assert f"flora convert {out} {out}/peft --to peft" in text
+    assert f"flora convert --run {out} --out {out}/peft" in text
 
 
 def test_eval_reloads_the_same_figures(trained, capsys):
@@ -92,7 +92,7 @@ def test_sampling_depends_on_the_seed_alone(trained, capsys):
 
 def test_convert_to_peft_and_back(trained, tmp_path):
     out = tmp_path / "peft"
-    assert main(["convert", str(trained), str(out), "--to", "peft"]) == 0
+    assert main(["convert", "--run", str(trained), "--out", str(out)]) == 0
     setup, state = reopen(trained)
     plan, adapters = io.load_peft(out, setup.base, setup.subject.model)
     bound = flora.materialize(flora.bind(setup.base, adapters, plan))
@@ -103,17 +103,17 @@ def test_convert_to_peft_and_back(trained, tmp_path):
 
 def test_convert_between_formats(tiny, trained, tmp_path, capsys):
     gguf, ours, hf = (tmp_path / name for name in ("m.gguf", "ours", "hf"))
-    assert main(["convert", str(trained), str(gguf), "--to", "gguf"]) == 0
-    assert main(["convert", str(gguf), str(ours), "--to", "flora"]) == 0
-    assert main(["convert", str(ours), str(hf), "--to", "hf"]) == 0
+    assert main(["convert", "--run", str(trained), "--out", str(gguf), "--to", "gguf"]) == 0
+    assert main(["convert", str(gguf), "--out", str(ours), "--to", "flora"]) == 0
+    assert main(["convert", str(ours), "--out", str(hf)]) == 0
     setup, state = reopen(trained)
     want = flatten(flora.materialize(setup.bound(state)))
     for path, leaf in flatten(io.load_hf(hf)[1]).items():
         np.testing.assert_allclose(leaf, want[path], rtol=1e-6, err_msg=path)
-    assert main(["convert", str(tiny / "model"), str(hf), "--to", "hf"]) == 1
-    assert "exists: choose another target" in capsys.readouterr().err
-    assert main(["convert", str(tiny / "model"), str(tmp_path / "p"), "--to", "peft"]) == 1
-    assert "not a run folder" in capsys.readouterr().err
+    assert main(["convert", str(tiny / "model"), "--out", str(hf)]) == 1
+    assert "exists: choose another --out" in capsys.readouterr().err
+    assert main(["convert", str(tiny / "model"), "--out", str(tmp_path / "p"), "--to", "peft"]) == 1
+    assert "has no adapter: give a run folder" in capsys.readouterr().err
 
 
 def test_quantize_writes_low_bits_that_load_and_train(tiny, tmp_path, capsys):
@@ -130,8 +130,9 @@ def test_quantize_writes_low_bits_that_load_and_train(tiny, tmp_path, capsys):
     assert error.max() <= leaf.scale.max() * 0.5001 and tokenizer.eos_id == 256
     run = tmp_path / "run"
     words = ["train", f"--gin_file={tiny / 'lm.gin'}", f"--gin.LanguageModel.source={out}"]
-    assert main([*words, "--gin.train.steps=2", f"--out={run}"]) == 0
-    assert main(["merge", "--run", str(run), "--out", str(tmp_path / "merged")]) == 0
+    assert main([*words, "--gin.train.steps=1", "--gin.train.sample_tokens=0", f"--out={run}"]) == 0
+    setup, state = reopen(run)
+    assert setup.base["layers"]["mlp"]["down_proj"]["kernel"].fmt == leaf.fmt
 
 
 def test_plan_reports_what_xla_says(tiny, capsys):
