@@ -151,32 +151,50 @@ def read_config(header: Header, **options: Any) -> LlamaConfig:
 
     Raises:
       ConfigError: another architecture.
-      FormatError: a value is missing.
+      FormatError: a value is missing, or does not fit the tensors.
     """
     family = header.need("general.architecture")
     if family not in FAMILIES:
         raise ConfigError(f"{header.path}: {unknown('GGUF architecture', str(family), FAMILIES)}")
-    need = lambda key: header.need(f"{family}.{key}")  # noqa: E731
-    get = lambda key, default: header.fields.get(f"{family}.{key}", default)  # noqa: E731
-    heads, width = need("attention.head_count"), need("embedding_length")
-    if not isinstance(heads, int):
-        raise ConfigError(f"{header.path}: layers with different numbers of heads")
     tensors = header.tensors
-    if "token_embd.weight" not in tensors:
-        raise StructureError(f"{header.path}: missing 'token_embd.weight'")
+    get = lambda key, default: header.fields.get(f"{family}.{key}", default)  # noqa: E731
+
+    def count(key: str, *fallback: int) -> int:
+        value = get(key, fallback[0]) if fallback else header.need(f"{family}.{key}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise FormatError(f"{header.path}: {family}.{key} is {value!r}, not a positive integer")
+        return value
+
+    def rows(name: str) -> int:
+        if name not in tensors or len(tensors[name].shape) != 2:
+            raise StructureError(f"{header.path}: missing {name!r}, or it is no matrix")
+        return tensors[name].shape[0]
+
+    heads, width = count("attention.head_count"), count("embedding_length")
+    dim = count("attention.key_length", get("rope.dimension_count", width // heads))
+    epsilon = header.need(f"{family}.attention.layer_norm_rms_epsilon")
+    blocks = {name.split(".")[1] for name in tensors if name.startswith("blk.")}
+    # What a forged number would blow up is compared with the tensors before it is used.
+    layers = count("block_count")
+    if layers != len(blocks):
+        raise FormatError(
+            f"{header.path}: block_count {layers}, but tensors of {len(blocks)} blocks"
+        )
+    if rows("blk.0.attn_q.weight") != heads * dim:
+        raise FormatError(f"{header.path}: {heads} heads of {dim} do not fit blk.0.attn_q.weight")
     values = {
         "family": family,
-        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "vocab_size": rows("token_embd.weight"),
         "hidden_size": width,
-        "intermediate_size": need("feed_forward_length"),
-        "num_hidden_layers": need("block_count"),
+        "intermediate_size": count("feed_forward_length"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": get("attention.head_count_kv", heads),
-        "head_dim": get("attention.key_length", get("rope.dimension_count", width // heads)),
-        "max_position_embeddings": need("context_length"),
+        "num_key_value_heads": count("attention.head_count_kv", heads),
+        "head_dim": dim,
+        "max_position_embeddings": count("context_length"),
         # Stored in float32: nine digits would make 1e-05 read 9.99999975e-06.
-        "rms_norm_eps": float(f"{need('attention.layer_norm_rms_epsilon'):.6g}"),
-        "rope": _read_rope(header, family, need("context_length")),
+        "rms_norm_eps": float(f"{float(epsilon):.6g}"),
+        "rope": _read_rope(header, family, count("context_length")),
         "tie_word_embeddings": "output.weight" not in tensors,
         "qkv_bias": "blk.0.attn_q.bias" in tensors,
         "o_bias": "blk.0.attn_output.bias" in tensors,

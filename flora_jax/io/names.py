@@ -89,11 +89,15 @@ class NameMap:
     ignore: tuple[str, ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
-    def slot(self, path: str, shape: tuple[int, ...]) -> Slot:
+    def slot(self, path: str, shape: tuple[int, ...], most: int | None = None) -> Slot:
         """What of the file makes up our leaf.
 
+        Args:
+          most: how many tensors the file has; a forged number of layers is then an error
+            instead of a list of that many names.
+
         Raises:
-          StructureError: no rule is for this path.
+          StructureError: no rule is for this path, or more layers than tensors.
         """
         for rule in self.rules:
             name = rule.name(path)
@@ -104,14 +108,17 @@ class NameMap:
             index = _INDEX.search(path)
             if index:
                 return Slot((name.replace("{layer}", index[1]),), False, rule.axes)
+            if most is not None and shape[0] > most:
+                raise StructureError(f"{path}: {shape[0]} layers, but {most} tensors in the file")
             names = tuple(name.replace("{layer}", str(i)) for i in range(shape[0]))
             return Slot(names, True, rule.axes)
         known = ", ".join(rule.ours for rule in self.rules)
         raise StructureError(f"no name rule for {path!r}; rules: {known}")
 
-    def slots(self, shapes: Any) -> dict[str, Slot]:
+    def slots(self, shapes: Any, most: int | None = None) -> dict[str, Slot]:
         """``{our path: slot}`` for a tree of arrays or ``ShapeDtypeStruct``."""
-        return {path: self.slot(path, leaf.shape) for path, leaf in flatten(shapes).items()}
+        leaves = flatten(shapes).items()
+        return {path: self.slot(path, leaf.shape, most) for path, leaf in leaves}
 
     def index(self, shapes: Any) -> dict[str, tuple[str, int | None]]:
         """``{their name: (our path, layer of a stacked leaf or None)}``: the inverse table."""
@@ -160,7 +167,8 @@ def check_names(
       StructureError: missing or extra tensors, or a copy that differs from its original.
     """
     present = _present(table, tensors)
-    needed = [name for slot in table.slots(shapes).values() for name in slot.names]
+    slots = table.slots(shapes, most=len(tensors))
+    needed = [name for slot in slots.values() for name in slot.names]
     missing = [name for name in needed if name not in present]
     used = {present[name] for name in needed if name in present}
     extra = [

@@ -139,12 +139,11 @@ class Llama(nn.Module):
         if c.remat != "none":
             block = nn.remat(Block, policy=_POLICIES[c.remat], prevent_cse=not c.scan_layers)
         if c.scan_layers:
-            mixed = len(set(c.windows)) > 1
             scanned = nn.scan(
                 block,
                 variable_axes={"params": 0},
                 split_rngs={"params": True},
-                in_axes=(0, 0 if mixed else nn.broadcast, nn.broadcast),
+                in_axes=(0, 0 if c.mixed_windows else nn.broadcast, nn.broadcast),
                 length=c.num_hidden_layers,
             )
             self.layers = scanned(c, self.core)
@@ -197,15 +196,17 @@ class Llama(nn.Module):
         return (self.head(x) if output == "logits" else x), cache
 
     def _blocks(self, x: jax.Array, cache: Any, shared: dict[str, Any]) -> tuple[jax.Array, Any]:
-        windows = self.config.windows
-        if self.config.scan_layers:
-            window = windows[0]
-            if len(set(windows)) > 1:
-                window = jnp.asarray([w or NO_WINDOW for w in windows])
+        c = self.config
+        if c.scan_layers:
+            window = c.sliding_window
+            if c.mixed_windows:
+                window = jnp.asarray([w or NO_WINDOW for w in c.windows])
+            elif c.sliding_layers is not None and not any(c.sliding_layers):
+                window = None
             return self.layers(x, cache, window, shared)
         new = []
         for i, layer in enumerate(self.layers):
-            x, one = layer(x, jax.tree.map(lambda a, i=i: a[i], cache), windows[i], shared)
+            x, one = layer(x, jax.tree.map(lambda a, i=i: a[i], cache), c.windows[i], shared)
             new.append(one)
         return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
 

@@ -69,6 +69,8 @@ class LlamaConfig:
 
     def __post_init__(self):
         set_ = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731
+        if self.num_attention_heads < 1:
+            raise ConfigError(f"num_attention_heads={self.num_attention_heads} must be at least 1")
         set_("num_key_value_heads", self.num_key_value_heads or self.num_attention_heads)
         set_("head_dim", self.head_dim or self.hidden_size // self.num_attention_heads)
         for name, table in (("family", FAMILY), ("hidden_act", ACTIVATIONS), ("remat", REMAT)):
@@ -79,6 +81,9 @@ class LlamaConfig:
                 f"num_attention_heads={self.num_attention_heads} is no multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.head_dim % 2:
             raise ConfigError(f"head_dim={self.head_dim} must be even for a rotary embedding")
         if self.sliding_layers and len(self.sliding_layers) != self.num_hidden_layers:
@@ -117,6 +122,11 @@ class LlamaConfig:
             "tie_word_embeddings": True,
         }
         return cls(**(values | changes))
+
+    @property
+    def mixed_windows(self) -> bool:
+        """Whether some layers slide and others do not."""
+        return self.sliding_window is not None and len(set(self.sliding_layers or ())) > 1
 
     @property
     def windows(self) -> tuple[int | None, ...]:

@@ -14,7 +14,7 @@ gguf = pytest.importorskip("gguf")
 
 from flora_jax import io, models  # noqa: E402
 from flora_jax.core.errors import ConfigError, FormatError, StructureError  # noqa: E402
-from flora_jax.core.paths import flatten  # noqa: E402
+from flora_jax.core.paths import flatten, map_with_path  # noqa: E402
 from flora_jax.io.gguf import half_split, interleave  # noqa: E402
 from flora_jax.io.gguf_header import read_header  # noqa: E402
 from flora_jax.models import Llama, LlamaConfig, Rope  # noqa: E402
@@ -30,12 +30,20 @@ CASES = {
 }
 
 
+def random_params(model, seed=0):
+    """Parameters from numpy: compiling the real initialisers takes seconds."""
+    rng = np.random.default_rng(seed)
+
+    def leaf(path, shape):
+        value = 0.2 * rng.standard_normal(shape.shape) + path.endswith("scale")
+        return jnp.asarray(value, shape.dtype)
+
+    return map_with_path(leaf, models.abstract(model))
+
+
 def make(**changes):
-    model = Llama(LlamaConfig.tiny(initializer_range=0.2, **changes))
-    params = models.init(model, jax.random.key(0))
-    rng = np.random.default_rng(1)
-    noise = lambda a: 0.1 * rng.standard_normal(a.shape).astype(np.float32)  # noqa: E731
-    return model, jax.tree.map(lambda a: jnp.asarray(np.asarray(a) + noise(a)), params)
+    model = Llama(LlamaConfig.tiny(**changes))
+    return model, random_params(model)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -45,7 +53,7 @@ def test_round_trip(name, tmp_path):
     back, restored, tokenizer = io.load_gguf(tmp_path / "m.gguf")
     assert tokenizer is None
     ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    for key in model.config.__dataclass_fields__.keys() - ids.keys() - {"initializer_range"}:
+    for key in model.config.__dataclass_fields__.keys() - ids.keys():
         assert getattr(back.config, key) == getattr(model.config, key), key
     assert flatten(params).keys() == flatten(restored).keys()
     jax.tree.map(np.testing.assert_array_equal, params, restored)
@@ -174,6 +182,22 @@ def test_damaged_bytes_never_escape_as_other_errors(whole, tmp_path_factory, dat
     path = damaged(tmp_path_factory.mktemp("flip"), bytes(changed))
     with contextlib.suppress(FormatError, ConfigError, StructureError):
         io.load_gguf(path)
+
+
+def test_forged_number_of_layers(whole, tmp_path):
+    key = b"llama.block_count"
+    at = whole.index(key) + len(key) + 4
+    with pytest.raises(FormatError, match="block_count 2000000000, but tensors of 2 blocks"):
+        io.load_gguf(damaged(tmp_path, replaced(whole, at, "I", 2_000_000_000)))
+
+
+def test_forged_head_size(whole, tmp_path):
+    key = b"llama.attention.key_length"
+    at = whole.index(key) + len(key) + 4
+    with pytest.raises(FormatError, match="4 heads of 2000000000 do not fit"):
+        io.load_gguf(damaged(tmp_path, replaced(whole, at, "I", 2_000_000_000)))
+    with pytest.raises(FormatError, match="not a positive integer"):
+        io.load_gguf(damaged(tmp_path, replaced(whole, at, "I", 0)))
 
 
 def test_missing_tensors_and_metadata(tmp_path):

@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -19,7 +20,8 @@ from flora_jax.models import Llama, LlamaConfig
 @pytest.fixture
 def folder(tmp_path):
     model = Llama(LlamaConfig.tiny(tie_word_embeddings=True))
-    io.save_hf(tmp_path / "m", model, models.init(model, jax.random.key(0)))
+    filled = lambda leaf: jnp.full(leaf.shape, 0.5, leaf.dtype)  # noqa: E731
+    io.save_hf(tmp_path / "m", model, jax.tree.map(filled, models.abstract(model)))
     return tmp_path / "m"
 
 
@@ -85,6 +87,16 @@ def test_config_errors(folder):
         io.load_hf(folder)
     (folder / "config.json").unlink()
     with pytest.raises(FormatError, match="no such file"):
+        io.load_hf(folder)
+
+
+def test_forged_number_of_layers(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(StructureError, match="1000000000 layers, but 20 tensors"):
+        io.load_hf(folder)
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 0}))
+    with pytest.raises(ConfigError, match="num_hidden_layers=0"):
         io.load_hf(folder)
 
 
