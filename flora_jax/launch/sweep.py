@@ -8,6 +8,7 @@ run to run: what one compiled serves the next.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import time
@@ -30,17 +31,22 @@ STYLE = {"done": "green", "running": "yellow", "failed": "red", "waiting": "dim"
 def run_one(
     experiment: str, arguments: Sequence[str], search_paths: Sequence[str], out: str
 ) -> str | None:
-    """One run, in a worker process; returns None or what went wrong, on one line."""
+    """One run, in a worker process; returns None or what went wrong, on one line.
+
+    What it prints goes to ``log.txt`` of its folder.
+    """
     from flora_jax.launch import catalogue  # the worker is a fresh process
 
-    try:
-        catalogue.register_all()
-        found = Experiment.find(experiment)
-        loaded = found.load(arguments, search_paths)
-        command = ["flora", "sweep", f"--experiment={found.name}"]
-        execute(loaded, found.entry, out, [*command, *(f"--gin.{a}" for a in arguments)])
-    except Exception as error:
-        return one_line(error)
+    with open(Path(out) / "log.txt", "a", buffering=1) as log:
+        try:
+            with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+                catalogue.register_all()
+                found = Experiment.find(experiment)
+                loaded = found.load(arguments, search_paths)
+                command = ["flora", "sweep", f"--experiment={found.name}"]
+                execute(loaded, found.entry, out, [*command, *(f"--gin.{a}" for a in arguments)])
+        except Exception as error:
+            return one_line(error)
     return None
 
 

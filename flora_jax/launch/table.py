@@ -42,13 +42,11 @@ def default_label(groups: Sequence[Group]) -> Callable[[dict[str, Any]], str]:
 def number(value: float, half: float = math.nan) -> str:
     """``mean ± half`` with digits that fit the interval.
 
-    >>> number(93.4567, 0.234), number(0.5), number(12.0, 0.0)
-    ('93.46 ± 0.23', '0.5', '12 ± 0')
+    >>> number(93.4567, 0.234), number(0.5), number(460800.0, 0.0)
+    ('93.46 ± 0.23', '0.5', '460,800')
     """
-    if math.isnan(half):
-        return f"{value:.4g}"
-    if half == 0:
-        return f"{value:.4g} ± 0"
+    if math.isnan(half) or half == 0:
+        return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"
     digits = max(0, 1 - math.floor(math.log10(half)))
     return f"{value:.{digits}f} ± {half:.{digits}f}"
 

@@ -40,6 +40,7 @@ def test_every_run_has_its_folder(swept):
         slope, seed = run.bindings["toy.slope"], run.bindings["toy.seed"]
         assert abs(status["result"]["score"] - 10 * slope) <= 0.1
         assert f"toy.seed = {seed}" in (swept / run.id / "operative.gin").read_text()
+        assert (swept / run.id / "log.txt").read_text() == f"slope {slope}\n"
         environment = json.loads((swept / run.id / "environment.json").read_text())
         assert environment["versions"]["jax"] and "--experiment=toy" in environment["argv"]
 

@@ -157,3 +157,13 @@ def test_dry_run_writes_nothing(tiny, tmp_path, capsys):
     text = capsys.readouterr().out
     assert "train.steps = 4" in text and "896 trained numbers" in text
     assert not out.exists()
+
+
+def test_quickstart_compares_lora_and_flora(tiny, tmp_path, capsys):
+    words = [f"--gin.LanguageModel.source={tiny / 'model'}", "--gin.steps=1"]
+    words += [f"--gin.TextData.source={tiny / 'text.txt'}", "--gin.train.sample_tokens=0"]
+    assert main(["quickstart", f"--out={tmp_path}", *words]) == 0
+    table = capsys.readouterr().out.splitlines()[-3:]
+    assert table[0].startswith("method  trained  perplexity before")
+    assert table[1].startswith("LoRA ") and table[2].startswith("FLoRA ")
+    assert RunDir(tmp_path / "flora").status()["state"] == "done"

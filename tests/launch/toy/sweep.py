@@ -14,6 +14,7 @@ def toy(
     if fail:
         raise ValueError(f"told to fail\nwith slope {slope}")
     time.sleep(pause)
+    print(f"slope {slope}")
     noise = random.Random(seed).uniform(-0.1, 0.1)
     return {"score": 10.0 * slope + noise, "seconds": 1.0}
 
