@@ -189,7 +189,7 @@ class _Loader:
             slots[leaf.path] = leaf.slot
         out = {}
         for path, rows in values.items():
-            dtype = str(next(iter(rows.values())).dtype)
+            dtype = str(np.dtype(self.dtype or next(iter(rows.values())).dtype))
             own = str(self.model.params[path].dtype)
             if None in rows:
                 value = rows[None]

@@ -1,6 +1,7 @@
 """HF-PEFT adapters of a Llama, both ways, against PEFT itself on random tiny models."""
 
 import copy
+import json
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,8 @@ import pytest
 
 import flora_jax as flora
 from flora_jax import io
+from flora_jax.core.errors import FloraError
+from flora_jax.core.paths import flatten
 from flora_jax.io.safetensors import TensorFiles
 
 torch = pytest.importorskip("torch")
@@ -162,3 +165,177 @@ def test_layers_that_differ(pair, tmp_path, case):
     np.testing.assert_allclose(logits(pair.reload(tmp_path / "b")), logits(theirs), atol=1e-4)
     again = pair.load(tmp_path / "b")
     np.testing.assert_allclose(pair.ours(*again), logits(theirs), atol=1e-4)
+
+
+def perturbed(adapters, plan):
+    """As if trained: noise on what trains, frozen buffers as they are."""
+    train, frozen = flora.partition(adapters, plan)
+    rng = np.random.default_rng(3)
+    noisy = jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.standard_normal(x.shape)), train)
+    noisy = jax.tree.map(lambda new, old: new.astype(old.dtype), noisy, train)
+    return flora.combine(noisy, frozen)
+
+
+MADE_HERE = {
+    "lora": {r".*/(q|v)_proj/kernel": flora.LoRA(rank=4, alpha=6.0)},
+    "two-ranks": {
+        r".*/q_proj/kernel": flora.LoRA(rank=2, alpha=6.0, use_bias=True),
+        r".*/v_proj/kernel": flora.LoRA(rank=3, rslora=True, use_bias=True),
+    },
+    "pissa": {r".*/(q|down)_proj/kernel": flora.PiSSA(rank=2, alpha=3.0)},
+    "pissa-and-lora": {
+        r".*/up_proj/kernel": flora.OLoRA(rank=2, rslora=True),
+        r".*/o_proj/kernel": flora.LoRA(rank=2),
+    },
+    "dora": {r".*/(k|up)_proj/kernel": flora.DoRA(rank=2)},
+    "vera": {r"layers/.*/(q|k|down)_proj/kernel": flora.VeRA(rank=5, seed=3)},
+    "vera-stored": {r".*/(gate|o)_proj/kernel": flora.VeRA(rank=5, stored=True)},
+    "ia3": {
+        r".*/(k|v)_proj/kernel": flora.IA3(),
+        r".*/down_proj/kernel": flora.IA3(scale="input"),
+    },
+    "lora-and-norms": {
+        r".*/q_proj/kernel": flora.LoRA(rank=2),
+        r".*norm/scale": flora.Replace(),
+        "lm_head/kernel": flora.Replace(),
+    },
+    "all-biases": {r".*/q_proj/kernel": flora.LoRA(rank=2), r".*/bias": flora.Replace()},
+    "part-of-a-module": {
+        r".*/q_proj/kernel": flora.LoRA(rank=2),
+        r".*/v_proj/kernel": flora.Replace(),
+    },
+    "embedding": {"embed_tokens/embedding": flora.LoRA(rank=4)},
+}
+
+
+@pytest.mark.parametrize("case", MADE_HERE)
+def test_adapters_made_here(pair, tmp_path, case):
+    plan = flora.plan(pair.params, MADE_HERE[case])
+    adapters = perturbed(flora.init(plan, jax.random.key(0), pair.params), plan)
+    pair.save(tmp_path, adapters, plan, base_model="some/base", task_type="CAUSAL_LM")
+    expected = pair.ours(plan, adapters)
+    assert np.abs(expected - logits(pair.hf)).max() > 0.01
+    np.testing.assert_allclose(logits(pair.reload(tmp_path)), expected, atol=1e-4)
+    again = pair.load(tmp_path)
+    np.testing.assert_allclose(pair.ours(*again), expected, atol=1e-4)
+
+
+def test_configuration_is_short(pair, tmp_path):
+    plan = flora.plan(
+        pair.params,
+        {
+            r".*/(q|v)_proj/kernel": flora.LoRA(rank=4, alpha=6.0, dropout=0.1),
+            r".*/o_proj/kernel": flora.LoRA(rank=2, alpha=6.0, dropout=0.1),
+        },
+    )
+    adapters = flora.init(plan, jax.random.key(0), pair.params)
+    pair.save(tmp_path, adapters, plan)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert sorted(config["target_modules"]) == ["o_proj", "q_proj", "v_proj"]
+    assert (config["r"], config["rank_pattern"]) == (4, {"o_proj": 2})
+    assert (config["lora_alpha"], config["alpha_pattern"]) == (6, {})
+    assert config["lora_dropout"] == 0.1
+    again, _ = pair.load(tmp_path)
+    assert again == plan
+
+
+@pytest.mark.parametrize("way", ["pissa", "olora"])
+def test_factors_of_the_weight(pair, tmp_path, way):
+    config = lora(init_lora_weights=way, target_modules=["q_proj", "up_proj"])
+    theirs = peft.get_peft_model(copy.deepcopy(pair.hf), config).eval()
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = way
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name:
+                p.add_(0.1 * torch.randn_like(p))
+    expected = logits(theirs)
+    theirs.save_pretrained(tmp_path / "as-is")
+    plan, adapters = pair.load(tmp_path / "as-is")
+    assert {type(e.adapter) for e in plan} == {{"pissa": flora.PiSSA, "olora": flora.OLoRA}[way]}
+    np.testing.assert_allclose(pair.ours(plan, adapters), expected, atol=1e-4)
+    based = flora.rebase(pair.params, adapters, plan)
+    with pytest.raises(FloraError, match="folded into the base"):
+        pair.save(tmp_path / "rebased", based[1], plan)
+    start = str(tmp_path / "start")
+    theirs.save_pretrained(tmp_path / "lora", path_initial_model_for_weight_conversion=start)
+    plan, adapters = pair.load(tmp_path / "lora")
+    assert {type(e.adapter) for e in plan} == {flora.LoRA}
+    np.testing.assert_allclose(pair.ours(plan, adapters), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_embedding(pair, tmp_path, dora):
+    theirs = pair.wrap(lora(target_modules=["embed_tokens", "q_proj"], use_dora=dora))
+    theirs.save_pretrained(tmp_path / "a")
+    plan, adapters = pair.load(tmp_path / "a")
+    np.testing.assert_allclose(pair.ours(plan, adapters), logits(theirs), atol=1e-4)
+    pair.save(tmp_path / "b", adapters, plan)
+    same_tensors(tmp_path / "a", tmp_path / "b")
+    np.testing.assert_allclose(logits(pair.reload(tmp_path / "b")), logits(theirs), atol=1e-5)
+
+
+def test_tied_embedding(tied, tmp_path):
+    alone = tied.wrap(lora(target_modules=["embed_tokens"]))
+    alone.save_pretrained(tmp_path / "alone")
+    with pytest.raises(FloraError, match="ensure_weight_tying"):
+        tied.load(tmp_path / "alone")
+    plan = flora.plan(tied.params, {"embed_tokens/embedding": flora.LoRA(rank=3)})
+    adapters = perturbed(flora.init(plan, jax.random.key(0), tied.params), plan)
+    tied.save(tmp_path / "both", adapters, plan)
+    theirs = tied.reload(tmp_path / "both")
+    np.testing.assert_allclose(logits(theirs), tied.ours(plan, adapters), atol=1e-4)
+    theirs.save_pretrained(tmp_path / "again")
+    again = tied.load(tmp_path / "again")
+    np.testing.assert_allclose(tied.ours(*again), logits(theirs), atol=1e-4)
+
+
+def test_tied_table_saved_whole(tied, tmp_path):
+    rules = {"embed_tokens/embedding": flora.Replace(), ".*/q_proj/kernel": flora.LoRA(rank=2)}
+    plan = flora.plan(tied.params, rules)
+    adapters = perturbed(flora.init(plan, jax.random.key(0), tied.params), plan)
+    tied.save(tmp_path / "a", adapters, plan)
+    theirs = tied.reload(tmp_path / "a")
+    np.testing.assert_allclose(logits(theirs), tied.ours(plan, adapters), atol=1e-4)
+    theirs.save_pretrained(tmp_path / "b")
+    np.testing.assert_allclose(tied.ours(*tied.load(tmp_path / "b")), logits(theirs), atol=1e-4)
+
+
+def test_body_without_its_head(pair, tmp_path):
+    body = copy.deepcopy(pair.hf.model)
+    theirs = peft.get_peft_model(body, lora(target_modules=r"layers\.\d\.self_attn\.q_proj"))
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_B" in name:
+                p.add_(0.2 * torch.randn_like(p))
+        expected = theirs.eval()(torch.tensor(IDS)).last_hidden_state.numpy()
+    theirs.save_pretrained(tmp_path)
+    plan, adapters = pair.load(tmp_path)
+    bound = flora.bind(pair.params, adapters, plan)
+    hidden, _ = pair.model.apply({"params": bound}, jnp.asarray(IDS), output="hidden")
+    np.testing.assert_allclose(hidden, expected, atol=1e-4)
+
+
+def test_unrolled_layers(pair, tmp_path):
+    theirs = pair.wrap(lora(target_modules=ALL, use_dora=True, rank_pattern={"1.mlp.up_proj": 5}))
+    theirs.save_pretrained(tmp_path / "a")
+    pair.hf.save_pretrained(tmp_path / "base")
+    model, params = io.load_hf(tmp_path / "base", scan_layers=False)
+    plan, adapters = io.load_peft(tmp_path / "a", params, model)
+    assert plan["layers_1/mlp/up_proj/kernel"].adapter.rank == 5
+    out, _ = model.apply({"params": flora.bind(params, adapters, plan)}, jnp.asarray(IDS))
+    np.testing.assert_allclose(out, logits(theirs), atol=1e-4)
+    io.save_peft(tmp_path / "b", adapters, plan, params, model)
+    same_tensors(tmp_path / "a", tmp_path / "b")
+
+
+def test_half_precision_is_kept(pair, tmp_path):
+    theirs = pair.wrap(lora()).to(torch.bfloat16)
+    theirs.save_pretrained(tmp_path / "a")
+    plan, adapters = pair.load(tmp_path / "a")
+    assert {str(x.dtype) for x in flatten(adapters).values()} == {"bfloat16"}
+    pair.save(tmp_path / "b", adapters, plan)
+    same_tensors(tmp_path / "a", tmp_path / "b")
+    _, wide = pair.load(tmp_path / "a", dtype=jnp.float32)
+    assert {str(x.dtype) for x in flatten(wide).values()} == {"float32"}
