@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flora_jax.core.contraction import Contraction, Conv, Dot, Einsum, Lookup
 from flora_jax.core.errors import LazyError, PlanError, StructureError
 from flora_jax.core.leaf import WeightLeaf, attend, contract
+from flora_jax.core.paths import canonical
 from flora_jax.core.spec import KernelSpec, split_equation
 
 Pads = str | Sequence[tuple[int, int]]
@@ -300,3 +301,12 @@ def stacked(
             "first axis (variable_axes={'params': 0})"
         )
     return dataclasses.replace(spec, stack_ndim=extra)
+
+
+def exact_first(specs: dict[str, KernelSpec]) -> dict[str, KernelSpec]:
+    """Specs by pattern, those of an indexed block first.
+
+    A pattern without a block's index (``layers/...``) also matches the indexed paths
+    (``layers_0/...``), whose own patterns would never be reached behind it.
+    """
+    return dict(sorted(specs.items(), key=lambda item: canonical(item[0]) == item[0]))

@@ -125,5 +125,4 @@ def specs(
             raise StructureError(f"{path}: the layer's kernel is not among the parameters")
         pattern = re.escape(path) + ("(/value)?" if boxed else "")
         out[pattern] = foreign.stacked(path, spec, whole, shape)
-    # A pattern without a block's index also matches indexed paths: those must come first.
-    return dict(sorted(out.items(), key=lambda item: paths.canonical(item[0]) == item[0]))
+    return foreign.exact_first(out)
