@@ -23,6 +23,7 @@ Batch schema (B rows of this shard, T tokens):
     (ImageData)          label, weight                             int32, float32 [B]
     regression           x, y                                      float32 [B, ...]
     (TeacherStudent,     weight                                    float32 [B]
+    ConvTeacherStudent,
     Sine)
 
 In a language-model batch ``targets[b, t]`` is the token after ``tokens[b, t]`` in the same
@@ -32,6 +33,7 @@ prompt. ``segment_ids`` are 1, 2, ... for the pieces of documents in a row and 0
 """
 
 from flora_jax.data.classification import LABELLED, ClassificationData
+from flora_jax.data.conv_teacher import ConvTeacherStudent
 from flora_jax.data.corpora import CORPORA, Corpus, load_corpus
 from flora_jax.data.documents import Document, Fields
 from flora_jax.data.encoding import Tokenizer
@@ -48,6 +50,7 @@ __all__ = [
     "PACKINGS",
     "TOO_LONG",
     "ClassificationData",
+    "ConvTeacherStudent",
     "Corpus",
     "Document",
     "Fields",

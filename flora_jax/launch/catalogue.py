@@ -7,7 +7,7 @@ import functools
 import flora_jax.adapters  # noqa: F401  fills the registry of methods
 from flora_jax import config, data
 from flora_jax.core.registry import methods
-from flora_jax.launch import pretrained, subjects
+from flora_jax.launch import pretrained, students, subjects
 from flora_jax.launch import train as train  # registers the entry point
 from flora_jax.models.conv import ConvNetConfig
 from flora_jax.models.mlp import MLPConfig
@@ -28,6 +28,8 @@ DATA = (
     data.ClassificationData,
     data.ImageData,
     data.SequenceTask,
+    data.TeacherStudent,
+    data.ConvTeacherStudent,
     data.Fields,
 )
 MODELS = (
@@ -36,6 +38,7 @@ MODELS = (
     subjects.ImageClassifier,
     pretrained.SmallImageModel,
     pretrained.Pretraining,
+    students.Student,
     MLPConfig,
     ConvNetConfig,
     ViTConfig,

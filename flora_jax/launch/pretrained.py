@@ -146,7 +146,9 @@ def build(config: Any, shape: tuple[int, int, int], num_classes: int) -> Any:
 
 
 def _initial(model: Any, shape: tuple[int, ...], seed: int) -> Any:
-    return model.init(jax.random.key(seed), jnp.zeros((1, *shape)))["params"]
+    # jit: operation by operation the scanned blocks of a ViT would compile one by one.
+    init = jax.jit(lambda key: model.init(key, jnp.zeros((1, *shape)))["params"])
+    return init(jax.random.key(seed))
 
 
 @functools.lru_cache(maxsize=8)

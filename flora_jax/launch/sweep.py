@@ -2,7 +2,7 @@
 
 Runs live in ``<out>/<run id>/``. A run is finished when its ``status.json`` says so, so a killed
 sweep continues when launched again; a failed run is tried again. Worker processes are kept from
-run to run: what one compiled serves the next.
+run to run, and what one compiled serves all: runs that differ in a seed compile once.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import concurrent.futures
 import contextlib
 import json
 import multiprocessing
+import os
+import tempfile
 import time
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -26,6 +28,15 @@ from flora_jax.launch.experiment import Experiment, Run
 from flora_jax.training.run_dir import RunDir, write_text
 
 STYLE = {"done": "green", "running": "yellow", "failed": "red", "waiting": "dim"}
+
+
+def _share_compiled(folder: str) -> None:
+    """Has a worker keep what it compiles in a folder of all workers, unless one is set already."""
+    import jax  # the worker is a fresh process
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", folder)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def run_one(
@@ -81,7 +92,12 @@ def sweep(
         return 0
     errors: dict[str, str] = {}
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(min(jobs, len(waiting)), context) as pool:
+    with (
+        tempfile.TemporaryDirectory(prefix="flora-compiled-") as compiled,
+        concurrent.futures.ProcessPoolExecutor(
+            min(jobs, len(waiting)), context, _share_compiled, (compiled,)
+        ) as pool,
+    ):
         tasks = {
             pool.submit(
                 run_one,

@@ -5,7 +5,10 @@
 - ``metrics = {"accuracy": "Accuracy, %"}``: result -> heading, in order;
 - ``label(bindings) -> str``: the name of a row;
 - ``paper = {label: {metric: text}}``: the paper's figures, shown beside ours;
-- ``plot(groups, axes)``: draws on matplotlib axes; ``x = "LoRA.rank"`` for curves over a binding.
+- ``part(bindings) -> str``: rows of one part stand in a table of their own, under that heading and
+  with those of ``metrics`` that its runs have;
+- ``plot(groups, axes)``: draws on matplotlib axes, on ``panels = 2`` of them side by side if set;
+  ``x = "LoRA.rank"`` for curves over a binding.
 """
 
 from __future__ import annotations
@@ -42,20 +45,22 @@ def default_label(groups: Sequence[Group]) -> Callable[[dict[str, Any]], str]:
 def number(value: float, half: float = math.nan) -> str:
     """``mean ± half`` with digits that fit the interval.
 
-    >>> number(93.4567, 0.234), number(0.5), number(460800.0, 0.0)
-    ('93.46 ± 0.23', '0.5', '460,800')
+    >>> number(93.4567, 0.234), number(0.5), number(460800.0, 0.0), number(3.17e-9, 4e-10)
+    ('93.46 ± 0.23', '0.5', '460,800', '3.2e-09 ± 4e-10')
     """
     if math.isnan(half) or half == 0:
         return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.1e} ± {half:.0e}"
     digits = max(0, 1 - math.floor(math.log10(half)))
     return f"{value:.{digits}f} ± {half:.{digits}f}"
 
 
 def _metrics(module: ModuleType | None, groups: Sequence[Group]) -> dict[str, str]:
     shown = getattr(module, "metrics", None)
-    if shown:
-        return dict(shown)
     results = [result for group in groups for result in group.results.values()]
+    if shown:
+        return {k: v for k, v in shown.items() if any(k in result for result in results)}
     return {
         name: name
         for name, value in results[0].items()
@@ -64,7 +69,20 @@ def _metrics(module: ModuleType | None, groups: Sequence[Group]) -> dict[str, st
 
 
 def markdown(groups: Sequence[Group], module: ModuleType | None) -> str:
-    """A Markdown table: one row a setting, mean ± 95 % interval over seeds, the paper beside."""
+    """Markdown: one row a setting, mean ± 95 % interval over seeds, the paper's figure beside.
+
+    One table, or one a part.
+    """
+    part = getattr(module, "part", None)
+    if part is None:
+        return _one_table(groups, module)
+    parts: dict[str, list[Group]] = {}
+    for group in groups:
+        parts.setdefault(part(dict(group.bindings)), []).append(group)
+    return "\n".join(f"## {name}\n{_one_table(parts[name], module)}" for name in parts)
+
+
+def _one_table(groups: Sequence[Group], module: ModuleType | None) -> str:
     metrics = _metrics(module, groups)
     label = getattr(module, "label", None) or default_label(groups)
     paper = getattr(module, "paper", {})
@@ -98,9 +116,10 @@ def draw(groups: Sequence[Group], module: ModuleType | None, path: Path) -> None
     from matplotlib.figure import Figure
 
     del matplotlib
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    panels = getattr(module, "panels", 1)
+    figure = Figure(figsize=(7 if panels == 1 else 5.5 * panels, 4.5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
+    axes = figure.subplots(1, panels)
     metric, heading = next(iter(_metrics(module, groups).items()))
     if hasattr(module, "plot"):
         module.plot(groups, axes)

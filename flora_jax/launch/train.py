@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from flora_jax import training
+from flora_jax.adapters import Replace
 from flora_jax.config import entry_point
 from flora_jax.core.adapter import Adapter
+from flora_jax.core.plan import Plan
 from flora_jax.core.registry import methods
 from flora_jax.launch import setup as setups
 from flora_jax.launch.execute import Preempted
@@ -73,7 +75,8 @@ def train(
       out: the run folder; None keeps nothing.
 
     Returns:
-      ``perplexity`` or ``accuracy`` and its ``..._before``, ``trained`` numbers, ``seconds``.
+      ``perplexity`` or ``accuracy`` and its ``..._before``, ``trained`` numbers and how many of
+      them are ``trained_adapters`` (not weights trained whole, such as a fresh head), ``seconds``.
     """
     options = complete(locals())
     with contextlib.ExitStack() as stack:
@@ -96,7 +99,13 @@ def train(
     if out is not None:
         print(_next_commands(out, setup))
     figures = {**after, **{f"{k}_before": v for k, v in before.items()}}
-    return {**figures, "trained": setup.plan.count, "seconds": seconds, **_speed(result.metrics)}
+    counts = {"trained": setup.plan.count, "trained_adapters": _in_adapters(setup.plan)}
+    return {**figures, **counts, "seconds": seconds, **_speed(result.metrics)}
+
+
+def _in_adapters(plan: Plan) -> int:
+    """Trained numbers that are not those of a whole weight."""
+    return sum(entry.count for entry in plan if not isinstance(entry.adapter, Replace))
 
 
 def _fit(setup: setups.Setup, folder: str) -> training.FitResult:
