@@ -24,7 +24,7 @@ from flora_jax.launch.peers import flops_per_step
 EXAMPLE = "flora bench peft --batch 4 --length 128 --rounds 5"
 NEEDED = ("torch", "transformers", "peft")
 # name -> (remat, positions per chunk of the vocabulary loss)
-SETTINGS = {"plain": ("none", None), "lean": ("dots_no_batch", 64), "small": ("full", 32)}
+SETTINGS = {"fast": ("dots", None), "lean": ("dots_no_batch", 64), "small": ("full", 32)}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,9 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps a turn (default 2)")
     parser.add_argument(
         "--settings",
-        default="plain,lean,small",
-        help="of this package: plain (nothing recomputed), lean (elementwise work and attention "
-        "recomputed, vocabulary loss in chunks), small (whole blocks recomputed); default all",
+        default="fast,lean,small",
+        help="of this package: fast (elementwise work recomputed in the backward pass), lean "
+        "(attention too, vocabulary loss in chunks), small (whole blocks); default all",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
