@@ -72,9 +72,11 @@ class PeftConfig:
           FormatError: it is something else.
         """
         value = self.values.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if not _is_number(value):
             raise FormatError(f"{self.where}: {key}={value!r} is not a number")
-        return value
+        if key == "r" and int(value) != value:
+            raise FormatError(f"{self.where}: r={value!r} is not a whole number")
+        return int(value) if key == "r" else value
 
     def patterned(self, name: str, key: str, default: int, pattern: str) -> Any:
         """``r`` or ``lora_alpha`` of one module: the first pattern that matches, else the default.
@@ -137,6 +139,10 @@ class PeftConfig:
         return any(name.endswith(end) for end in which)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def ends_with_any(name: str, ends: Iterable[str]) -> bool:
     """Whether a dotted name is one of ``ends`` or ends in ``.`` and one of them."""
     return any(name == end or name.endswith(f".{end}") for end in ends)
@@ -192,6 +198,9 @@ def _check_targets(config: PeftConfig) -> None:
         inner = int if key == "layers_to_transform" else str
         if not isinstance(value, kinds) or not all(isinstance(i, inner) for i in items):
             raise FormatError(f"{config.where}: {key}={value!r} is of a wrong type")
+        for pattern, number in value.items() if isinstance(value, dict) else ():
+            if not _is_number(number):
+                raise FormatError(f"{config.where}: {key} gives {pattern!r} {number!r}")
 
 
 def _check_lora(config: PeftConfig) -> None:

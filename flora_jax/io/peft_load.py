@@ -81,18 +81,16 @@ class _Loader:
     ):
         self.config, self.tensors, self.model, self.dtype = config, tensors, model, dtype
         self.used: set[str] = set()
+        self.sites: dict[str, Site] = {}
         self.specs = paths.Rules.of(specs).match(model.params)
 
     def load(self) -> tuple[Plan, AdapterTree]:
         """Adapters, then whole modules, then whatever repeats the base; nothing may remain."""
         targeted = self._targeted()
+        self.sites = {path: self._site(path, modules) for path, modules in targeted.items()}
         method = METHODS[self.config.method](self.config, self)
-        found = {}
-        for path, modules in targeted.items():
-            site = self._site(path, modules)
-            check_spec(path, site.spec, self.config.method)
-            found[path] = method.read(site)
-        adapted = {module.name for modules in targeted.values() for module in modules.values()}
+        found = {path: method.read(site) for path, site in self.sites.items()}
+        adapted = {name for site in self.sites.values() for name in site.names.values()}
         self._check_tied(adapted)
         found |= self._replaced(adapted)
         self._finish()
@@ -144,6 +142,7 @@ class _Loader:
     def _site(self, path: str, modules: dict[int | None, Module]) -> Site:
         shape = tuple(self.model.params[path].shape)
         spec = self._spec(path, shape)
+        check_spec(path, spec, self.config.method)
         stack = spec.stack_shape(shape)
         value = lambda layer: self.model.value(modules_of[layer])
         slot = next(iter(modules.values())).leaves["weight"].slot

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 
 from flora_jax.adapters import IA3, DoRA, LoRA, OLoRA, PiSSA, VeRA
 from flora_jax.core.adapter import Adapter
-from flora_jax.core.errors import FormatError, PlanError
+from flora_jax.core.errors import PlanError
 from flora_jax.core.spec import KernelSpec
 from flora_jax.io import peft_layouts as layouts
 from flora_jax.io.peft_config import PREFIX, PeftConfig
@@ -154,21 +155,36 @@ class _IA3(_Method):
         return adapter, site.stack(rows)
 
 
+def torch_uniform(
+    generator: np.random.RandomState, shape: tuple[int, ...], fan_in: int
+) -> np.ndarray:
+    """What torch's kaiming-uniform with gain sqrt 2 draws on a CPU, from the same Mersenne Twister.
+
+    A float32 takes the low 24 bits of one output and is scaled in one fused multiply-add.
+    """
+    bits = generator.randint(0, 2**32, math.prod(shape), dtype=np.uint32) & np.uint32(2**24 - 1)
+    bound = np.float32(math.sqrt(6.0 / fan_in))
+    draw = bits.astype(np.float64) * 2.0**-24 * np.float64(bound + bound) - np.float64(bound)
+    return draw.astype(np.float32).reshape(shape)
+
+
 class _VeRA(_Method):
-    """VeRA with saved projections: ``vera_A (r, max in)``, ``vera_B (max out, r)``."""
+    """VeRA: ``vera_A (r, max in)``, ``vera_B (max out, r)``, saved or drawn again as torch does."""
 
     def __init__(self, config, source):
         super().__init__(config, source)
-        if not config.values.get("save_projection", True):
-            raise FormatError(
-                f"{config.where}: save_projection is false, and the projections come from torch's "
-                "generator; save the adapter with save_projection=True"
-            )
         self.rank = config.number("r", 256)
-        self.a = self._shared("base_model.vera_A", 0)
-        self.b = self._shared("base_model.vera_B", 1)
+        if config.values.get("save_projection", True):
+            self.a = self._saved("base_model.vera_A", 0)
+            self.b = self._saved("base_model.vera_B", 1)
+        else:
+            sizes = [site.spec.canonical_shape(site.shape) for site in source.sites.values()]
+            n_in, n_out = (max(size) for size in zip(*sizes, strict=True))
+            generator = np.random.RandomState(config.number("projection_prng_key", 0))
+            self.a = torch_uniform(generator, (self.rank, n_in), n_in)
+            self.b = torch_uniform(generator, (n_out, self.rank), self.rank)
 
-    def _shared(self, key: str, rank_axis: int) -> np.ndarray:
+    def _saved(self, key: str, rank_axis: int) -> np.ndarray:
         tensors = self.source.tensors
         shape = list(tensors.shape(key)) if key in tensors else [1, 1]
         shape[rank_axis] = self.rank

@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from flora_jax.core.errors import StructureError
+from flora_jax.core.errors import PlanError, StructureError
 from flora_jax.core.leaf import Weight, WeightLeaf, dense, is_leaf
 from flora_jax.core.paths import flatten
 from flora_jax.io.names import NameMap, Slot, name_map
@@ -127,6 +127,9 @@ def shortest(
 ) -> list[str]:
     """The fewest trailing parts that name all of ``wanted`` and none of ``others``.
 
+    Raises:
+      PlanError: even a whole name is the end of another.
+
     >>> shortest(["m.0.q", "m.1.q"], ["m.0.k", "m.1.k", "m"])
     ['q']
     >>> shortest(["m.0.q"], ["m.1.q"])
@@ -140,5 +143,8 @@ def shortest(
             end = ".".join(parts[-n:])
             if end in ends or not any(meets(other, end) for other in others):
                 break
+        else:
+            taken = sorted(other for other in others if meets(other, name))
+            raise PlanError(f"PEFT cannot name {name!r} without naming {taken[0]!r} as well")
         ends[end] = None
     return list(ends)
