@@ -51,12 +51,13 @@ _PLAIN = (
     ("mlp/fc1", "intermediate.dense"),
     ("mlp/fc2", "output.dense"),
 )
-_BUFFERS = (r"(bert\.)?embeddings\.position_ids",)
+# The pooler is left behind only by a configuration that has no use for it.
+_SPARE = (r"(bert\.)?embeddings\.position_ids", r"(bert\.)?pooler\..*")
 
-BERT = register("BertModel", table=NameMap(_bert(""), ignore=_BUFFERS))
+BERT = register("BertModel", table=NameMap(_bert(""), ignore=_SPARE))
 # A pretraining or next-sentence head is left behind: what is read is the encoder.
 BERT_HEADED = register(
-    "bert", table=NameMap(_bert("bert."), prefix="bert.", ignore=(*_BUFFERS, r"cls\..*"))
+    "bert", table=NameMap(_bert("bert."), prefix="bert.", ignore=(*_SPARE, r"cls\..*"))
 )
 VIT = register("ViTModel", table=NameMap(_vit("", *_PLAIN)))
 VIT_HEADED = register("vit", table=NameMap(_vit("vit.", *_PLAIN), prefix="vit."))

@@ -110,6 +110,8 @@ class BertConfig:
         names -= {"hidden_dropout_prob", "attention_probs_dropout_prob", *encoder.POLICY}
         values = {name: config[name] for name in names if name in config}
         values["num_labels"] = encoder.read_labels(config)
+        if "BertForMaskedLM" in (config.get("architectures") or ()):
+            values.setdefault("use_pooler", False)
         return cls(**(values | changes))
 
     def to_hf(self) -> dict[str, Any]:

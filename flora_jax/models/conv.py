@@ -20,6 +20,8 @@ class ConvNetConfig:
     """Hyper-parameters of :class:`ConvNet`.
 
     Args:
+      image_shape: ``(height, width, channels)`` of the images; other heights and widths fit a
+        ``mean`` readout.
       channels: output channels of the convolutions, in order.
       window: side of the square kernels.
       pool_every: a 2x2 max pool after each so many convolutions; 0 for none.
@@ -32,6 +34,7 @@ class ConvNetConfig:
     'mean'
     """
 
+    image_shape: tuple[int, int, int] = (28, 28, 1)
     channels: tuple[int, ...] = (32, 64, 64)
     num_labels: int = 10
     window: int = 3
@@ -45,8 +48,8 @@ class ConvNetConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
-        object.__setattr__(self, "channels", tuple(self.channels))
-        object.__setattr__(self, "hidden", tuple(self.hidden))
+        for name in ("image_shape", "channels", "hidden"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         encoder.check_choice("readout", self.readout, ("mean", "flatten"))
         encoder.check_choice("norm", self.norm, ("none", "layer"))
         encoder.check_choice("activation", self.activation, encoder.ACTIVATIONS)
@@ -57,7 +60,7 @@ class ConvNetConfig:
 class ConvNet(nn.Module):
     """Convolutions ``conv_0 ...``, dense layers ``dense_0 ...`` and the ``head``.
 
-    >>> model = ConvNet(ConvNetConfig(channels=(4, 8)))
+    >>> model = ConvNet(ConvNetConfig(image_shape=(8, 8, 1), channels=(4, 8)))
     >>> images = jnp.ones((2, 8, 8, 1))
     >>> variables = model.init(jax.random.key(0), images)
     >>> variables["params"]["conv_1"]["kernel"].shape, model.apply(variables, images).shape
@@ -71,10 +74,15 @@ class ConvNet(nn.Module):
         """``images [B,H,W,C]`` to ``logits [B,labels]``, or to the ``features`` before the head.
 
         Raises:
-          ConfigError: an unknown output, or images too small for the pooling.
+          ConfigError: an unknown output, images of another shape or too small for the pooling.
         """
         cfg = self.config
         encoder.check_choice("output", output, OUTPUTS)
+        shape = images.shape[1:]
+        if shape != cfg.image_shape and (
+            cfg.readout == "flatten" or shape[-1] != cfg.image_shape[-1]
+        ):
+            raise ConfigError(f"images {images.shape} are not [B, *{cfg.image_shape}]")
         x = images.astype(jnp.dtype(cfg.dtype))
         for i, channels in enumerate(cfg.channels):
             x = self._activate(self._conv(channels, f"conv_{i}")(x), f"conv_norm_{i}")
@@ -87,6 +95,10 @@ class ConvNet(nn.Module):
             x = self._activate(self._dense(width, f"dense_{i}")(x), f"dense_norm_{i}")
         logits = self._dense(cfg.num_labels, "head")(x)
         return logits if output == "logits" else x
+
+    def dummy_inputs(self) -> tuple[jax.Array, ...]:
+        """The smallest arguments that ``init`` takes."""
+        return (jnp.zeros((1, *self.config.image_shape)),)
 
     def _conv(self, features: int, name: str) -> Conv:
         cfg = self.config

@@ -146,14 +146,15 @@ def run_layers(
 
 
 def read_labels(config: Mapping[str, Any]) -> int:
-    """``num_labels`` of a ``config.json``: 0 unless its architecture is a classifier.
+    """``num_labels`` of a ``config.json``: 0 unless its architecture classifies whole inputs.
 
     Hugging Face writes no ``num_labels`` and leaves the label names out when there are two.
 
     >>> read_labels({"architectures": ["BertForSequenceClassification"]})
     2
     """
-    if not any("Classification" in name for name in config.get("architectures") or ()):
+    heads = ("SequenceClassification", "ImageClassification")
+    if not any(name.endswith(heads) for name in config.get("architectures") or ()):
         return 0
     return int(config.get("num_labels") or len(config.get("id2label") or (0, 1)))
 

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 
 from flora_jax.core.errors import ConfigError, StructureError
+from flora_jax.core.leaf import is_leaf
 from flora_jax.core.paths import flatten, unflatten
 from flora_jax.models import registry
 
@@ -47,7 +48,7 @@ def with_head(
     config = dataclasses.replace(model.config, num_labels=num_labels, **changes)
     model = model.clone(config=config)
     wanted = flatten(registry.abstract(model))
-    old = flatten(params)
+    old = flatten(params, is_leaf=is_leaf)
     # Only the head is made: under jit the initial values of the body are dead code.
     heads = jax.jit(lambda key: _heads(flatten(registry.init(model, key))))
     out = heads(key) if num_labels else {}

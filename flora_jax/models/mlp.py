@@ -82,6 +82,10 @@ class MLP(nn.Module):
         logits = self._dense(cfg.sizes[-1], "head")(x)
         return {"logits": logits, "features": x, "layers": [*layers, logits]}[output]
 
+    def dummy_inputs(self) -> tuple[jax.Array, ...]:
+        """The smallest arguments that ``init`` takes."""
+        return (jnp.zeros((1, self.config.sizes[0])),)
+
     def _dense(self, features: int, name: str) -> Dense:
         cfg = self.config
         return Dense(
