@@ -13,7 +13,7 @@ from flora_jax.models.conv import ConvNetConfig
 from flora_jax.models.mlp import MLPConfig
 from flora_jax.models.vit_config import ViTConfig
 from flora_jax.quant import Format
-from flora_jax.training import optim, schedules
+from flora_jax.training import EarlyStopping, optim, schedules
 
 OPTIMIZERS = (optim.AdamW, optim.SGD, optim.Lion, optim.Adafactor, optim.Groups, optim.lora_plus)
 SCHEDULES = (
@@ -43,6 +43,7 @@ MODELS = (
     ConvNetConfig,
     ViTConfig,
     Format,
+    EarlyStopping,
 )
 
 

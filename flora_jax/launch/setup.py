@@ -59,7 +59,10 @@ class Setup:
         """Held-out batches, the same at every call."""
         size = self.options["eval_batch_size"] or self.options["batch_size"]
         limit = self.options["eval_batches"]
-        return self.options["data"].evaluation(self.subject.tokenizer, size, max_batches=limit)
+        shard = (jax.process_index(), jax.process_count())
+        return self.options["data"].evaluation(
+            self.subject.tokenizer, size, max_batches=limit, shard=shard
+        )
 
     def bound(self, state: training.TrainState) -> Any:
         """The parameters with the adapters of a state."""

@@ -42,6 +42,7 @@ def train(
     sharding: Mapping[str, tuple] | None = None,
     log_every: int = 10,
     eval_every: int | None = None,
+    early_stopping: training.EarlyStopping | None = None,
     eval_batches: int | None = None,
     eval_batch_size: int | None = None,
     checkpoint_every: int | None = None,
@@ -68,6 +69,7 @@ def train(
       sharding: ``{path regex: (mesh axis or None, ...)}`` of the base; a default for Llama.
       log_every: write the metrics each so many steps.
       eval_every: judge on the held-out data each so many steps too.
+      early_stopping: stop when a held-out figure stops improving; needs ``eval_every``.
       eval_batches: only so many held-out batches.
       eval_batch_size: of held-out batches; ``batch_size`` by default.
       checkpoint_every: save each so many steps too; the last step is always saved.
@@ -127,6 +129,7 @@ def _fit(setup: setups.Setup, folder: str) -> training.FitResult:
         save_every=options["checkpoint_every"],
         evals=judged,
         eval_every=options["eval_every"],
+        early_stopping=options["early_stopping"],
         mesh=setup.mesh,
         rules=setup.rules,
         base_source=subject.name,
