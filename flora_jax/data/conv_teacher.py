@@ -5,35 +5,36 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import Any
 
-import grain
 import numpy as np
 
-from flora_jax.core.errors import ConfigError
-from flora_jax.data import pipeline
+from flora_jax.core.errors import ConfigError, unknown
+from flora_jax.data.generated import Generated
 from flora_jax.data.packing import Batch
-from flora_jax.data.synthetic import array_evaluation, generated
+
+CORES = ("orthogonal", "gaussian")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ConvTeacherStudent:
+class ConvTeacherStudent(Generated):
     """Learn ``y = conv(x, W0 + D) + noise`` from a known W0, where D is a small Tucker product.
 
-    ``D = core x_1 A_1 ... x_4 A_4`` with a random core and orthonormal random factors; kernels
-    are ``(kh, kw, in, out)``, stride 1, ``VALID`` padding: every patch of ``x ~ N(0, I)`` is white,
-    so that errors have closed forms. Batches: ``x`` [B, size, size, in],
+    ``D = core x_1 A_1 ... x_4 A_4`` with a random core and orthonormal random factors, in the order
+    of the kernel's axes ``(kh, kw, in, out)``. Stride 1 and ``VALID`` padding: every patch of
+    ``x ~ N(0, I)`` is white, so that errors have closed forms. Batches: ``x`` [B, size, size, in],
     ``y`` [B, size-kh+1, size-kw+1, out], ``weight`` [B], float32.
 
     Example (flattened to a matrix, an update of ranks (1, 1, 2, 2) has rank 2):
         >>> task = ConvTeacherStudent(ranks=(1, 1, 2, 2))
         >>> _, update = task.teacher()
-        >>> update.shape, task.floor(1) > 1e-3, task.floor(2) < 1e-12
-        ((3, 3, 16, 32), True, True)
+        >>> update.shape, round(task.floor(1) / task.floor(0), 6), task.floor(2) < 1e-12
+        ((3, 3, 16, 32), 0.5, True)
 
     Attributes:
         shape: of the kernel.
         ranks: of D, one per axis.
+        core: ``orthogonal``: the singular values of D, flattened to (kh kw in, out), are equal;
+            ``gaussian``: independent entries, and often one value far above the others.
         size: side of the images.
         scale: Frobenius norm of D relative to that of W0.
         noise: standard deviation of the noise on y.
@@ -43,6 +44,7 @@ class ConvTeacherStudent:
 
     shape: tuple[int, int, int, int] = (3, 3, 16, 32)
     ranks: tuple[int, int, int, int] = (1, 1, 2, 2)
+    core: str = "orthogonal"
     size: int = 8
     scale: float = 0.5
     noise: float = 0.0
@@ -56,6 +58,8 @@ class ConvTeacherStudent:
                 raise ConfigError(
                     f"rank {rank} of axis {axis} of {self.ranks} must be between 1 and {most}"
                 )
+        if self.core not in CORES:
+            raise ConfigError(unknown("core", self.core, CORES))
         if self.size < max(self.shape[:2]):
             raise ConfigError(f"size={self.size} is smaller than the window {self.shape[:2]}")
 
@@ -72,6 +76,9 @@ class ConvTeacherStudent:
             np.linalg.qr(rng.standard_normal((n, j)))[0] for n, j in zip(self.shape, self.ranks)
         ]
         core = rng.standard_normal(self.ranks)
+        if self.core == "orthogonal":
+            flat = np.linalg.qr(core.reshape(-1, self.ranks[3]))[0]
+            core = flat.reshape(self.ranks)
         update = np.einsum("abcd,ia,jb,kc,ld->ijkl", core, *factors)
         return w0, update * (self.scale * np.linalg.norm(w0) / np.linalg.norm(update))
 
@@ -82,29 +89,6 @@ class ConvTeacherStudent:
         """
         s = np.linalg.svd(self._teacher[1].reshape(-1, self.shape[3]), compute_uv=False)
         return float(np.sum(s[rank:] ** 2) / self.shape[3] + self.noise**2)
-
-    def train(
-        self,
-        tokenizer: Any = None,
-        batch_size: int = 64,
-        seed: int = 0,
-        shard: pipeline.Shard = (0, 1),
-    ) -> grain.IterDataset:
-        """Endless fresh batches; ``tokenizer`` is not used."""
-        pipeline.local_batch(batch_size, shard)
-        data = generated(lambda rng: self._sample(rng, batch_size), seed, shard)
-        return data.to_iter_dataset(pipeline.read_options(0))
-
-    def evaluation(
-        self,
-        tokenizer: Any = None,
-        batch_size: int = 256,
-        max_batches: int | None = None,
-        shard: pipeline.Shard = (0, 1),
-    ) -> grain.MapDataset:
-        """The same ``eval_size`` examples at every call."""
-        rows = self._sample(np.random.default_rng([self.task_seed, 2]), self.eval_size)
-        return array_evaluation(rows, batch_size, max_batches, shard)
 
     def _sample(self, rng: np.random.Generator, count: int) -> Batch:
         kernel = np.add(*self.teacher())

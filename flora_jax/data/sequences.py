@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-import grain
 import numpy as np
 
 from flora_jax.core.errors import ConfigError, unknown
-from flora_jax.data import pipeline
+from flora_jax.data.generated import Generated
 from flora_jax.data.packing import Batch
-from flora_jax.data.synthetic import array_evaluation, generated
 
 TASKS = ("copy", "recall", "induction")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SequenceTask:
+class SequenceTask(Generated):
     """Copying, associative recall and induction; batches are those of a language model.
 
     Token 0 is the separator; symbols are 1 ... vocab - 1. Only answers have loss.
@@ -61,29 +58,6 @@ class SequenceTask:
         """T of the batches."""
         n = self.length
         return {"copy": 2 * n, "recall": 4 * n, "induction": n + 1}[self.task]
-
-    def train(
-        self,
-        tokenizer: Any = None,
-        batch_size: int = 32,
-        seed: int = 0,
-        shard: pipeline.Shard = (0, 1),
-    ) -> grain.IterDataset:
-        """Endless fresh batches; ``tokenizer`` is not used."""
-        pipeline.local_batch(batch_size, shard)
-        data = generated(lambda rng: self._sample(rng, batch_size), seed, shard)
-        return data.to_iter_dataset(pipeline.read_options(0))
-
-    def evaluation(
-        self,
-        tokenizer: Any = None,
-        batch_size: int = 64,
-        max_batches: int | None = None,
-        shard: pipeline.Shard = (0, 1),
-    ) -> grain.MapDataset:
-        """The same ``eval_size`` sequences at every call."""
-        rows = self._sample(np.random.default_rng([self.task_seed, 2]), self.eval_size)
-        return array_evaluation(rows, batch_size, max_batches, shard)
 
     def _sample(self, rng: np.random.Generator, count: int) -> Batch:
         sequence, answer = getattr(self, f"_{self.task}")(rng, count)

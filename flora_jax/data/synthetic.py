@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -13,29 +11,14 @@ import numpy as np
 
 from flora_jax.core.errors import ConfigError, unknown
 from flora_jax.data import pipeline
+from flora_jax.data.generated import Generated, array_evaluation
 from flora_jax.data.packing import Batch
 
 STRUCTURES = ("low_rank", "output_side", "singular_values", "kronecker", "block_diagonal")
 
 
-def generated(
-    make: Callable[[np.random.Generator], Batch],
-    seed: int,
-    shard: pipeline.Shard = (0, 1),
-    count: int = sys.maxsize,
-) -> grain.MapDataset:
-    """Fresh global batches ``make(rng)``, one per index, of which a shard takes every n-th row."""
-    seed = pipeline.mix_seed(seed)
-
-    def batch(index: int) -> Batch:
-        rows = make(np.random.default_rng([seed, int(index)]))
-        return {name: x[shard[0] :: shard[1]] for name, x in rows.items()}
-
-    return grain.MapDataset.range(count).map(batch)
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherStudent:
+class TeacherStudent(Generated):
     """TS(d, k): learn ``y = x (W0 + D) + noise`` from a known start W0 and an unknown update D.
 
     Kernels are (in, out). ``x ~ N(0, C)`` with C diagonal, its eigenvalues log-spaced from 1 down
@@ -138,29 +121,6 @@ class TeacherStudent:
         s = np.where(s > s[0] * 1e-12, s, 0.0)
         return float(np.sum(s[rank:] ** 2) / self._d_out + self.noise**2)
 
-    def train(
-        self,
-        tokenizer: Any = None,
-        batch_size: int = 64,
-        seed: int = 0,
-        shard: pipeline.Shard = (0, 1),
-    ) -> grain.IterDataset:
-        """Endless fresh batches; ``tokenizer`` is not used."""
-        pipeline.local_batch(batch_size, shard)
-        data = generated(lambda rng: self._sample(rng, batch_size), seed, shard)
-        return data.to_iter_dataset(pipeline.read_options(0))
-
-    def evaluation(
-        self,
-        tokenizer: Any = None,
-        batch_size: int = 256,
-        max_batches: int | None = None,
-        shard: pipeline.Shard = (0, 1),
-    ) -> grain.MapDataset:
-        """The same ``eval_size`` examples at every call."""
-        rows = self._sample(np.random.default_rng([self.task_seed, 2]), self.eval_size)
-        return array_evaluation(rows, batch_size, max_batches, shard)
-
     def _sample(self, rng: np.random.Generator, count: int) -> Batch:
         w0, update = self._teacher
         x = rng.standard_normal((count, self.d)) * np.sqrt(self.covariance())
@@ -218,20 +178,6 @@ class Sine:
         """Evenly spaced clean points."""
         x = np.linspace(-1, 1, self.eval_points)[:, None]
         return array_evaluation(_float32(x, self.curve(x)), batch_size, max_batches, shard)
-
-
-def array_evaluation(
-    rows: Batch, batch_size: int, max_batches: int | None, shard: pipeline.Shard
-) -> grain.MapDataset:
-    """Evaluation batches of arrays [N, ...]; rows of zeros, weight included, fill the last one."""
-    return pipeline.evaluation_batches(
-        lambda i: {name: value[i] for name, value in rows.items()},
-        len(next(iter(rows.values()))),
-        {name: np.zeros_like(value[0]) for name, value in rows.items()},
-        batch_size=batch_size,
-        max_batches=max_batches,
-        shard=shard,
-    )
 
 
 def near_square(n: int) -> int:
