@@ -15,6 +15,7 @@ _LAZY = {
     "find": "flora_jax.io.sources",
     "load": "flora_jax.io.sources",
     "load_gguf": "flora_jax.io.gguf",
+    "load_onnx_vit": "flora_jax.io.onnx_vit",
     "save_gguf": "flora_jax.io.gguf",
 }
 

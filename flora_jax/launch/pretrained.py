@@ -139,7 +139,7 @@ def build(config: Any, shape: tuple[int, int, int], num_classes: int) -> Any:
         return Flattened(MLP(dataclasses.replace(config, sizes=sizes)))
     config = dataclasses.replace(config, num_labels=num_classes)
     if isinstance(config, ConvNetConfig):
-        return ConvNet(config)
+        return ConvNet(dataclasses.replace(config, image_shape=tuple(shape)))
     if shape[0] != shape[1]:
         raise ConfigError(f"a ViT takes square images, not {shape}")
     return ViT(dataclasses.replace(config, image_size=shape[0], num_channels=shape[2]))

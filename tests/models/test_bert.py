@@ -91,21 +91,28 @@ def test_mean_pool_of_an_empty_row_is_zero():
     assert mean_pool(jnp.ones((1, 3, 2)), jnp.zeros((1, 3))).tolist() == [[0.0, 0.0]]
 
 
-@pytest.mark.parametrize("changes", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}])
-def test_scan_and_remat_change_nothing(tiny, changes):
-    model, params = tiny
-    params = scramble(params)
-    other = model.clone(config=dataclasses.replace(model.config, **changes))
-    scan = changes.get("scan_layers", True)
-
-    def loss(model, params):
+def value_and_grad(model, params):
+    def loss(params):
         return (model.apply({"params": params}, TOKENS, MASK) ** 2).sum()
 
-    value, grad = jax.jit(jax.value_and_grad(lambda p: loss(model, p)))(params)
-    theirs = params if scan else unrolled(params)
-    value2, grad2 = jax.jit(jax.value_and_grad(lambda p: loss(other, p)))(theirs)
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    model, params = tiny
+    params = scramble(params)
+    return params, *value_and_grad(model, params)
+
+
+@pytest.mark.parametrize("changes", [{"scan_layers": False}, {"remat": "full"}, {"remat": "dots"}])
+def test_scan_and_remat_change_nothing(tiny, reference, changes):
+    model, (params, value, grad) = tiny[0], reference
+    layout = (lambda tree: tree) if changes.get("scan_layers", True) else unrolled
+    other = model.clone(config=dataclasses.replace(model.config, **changes))
+    value2, grad2 = value_and_grad(other, layout(params))
     np.testing.assert_allclose(value, value2, rtol=1e-5)
-    for path, leaf in flatten(grad if scan else unrolled(grad)).items():
+    for path, leaf in flatten(layout(grad)).items():
         np.testing.assert_allclose(leaf, flatten(grad2)[path], atol=2e-4, rtol=1e-4, err_msg=path)
 
 
