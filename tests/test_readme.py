@@ -17,7 +17,7 @@ README = (Path(__file__).parent.parent / "README.md").read_text()
 def test_the_ten_lines_run(capsys):
     (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
     names = {}
-    exec(compile(code, "README.md", "exec"), names)  # noqa: S102
+    exec(compile(code, "README.md", "exec"), names)
     assert "trained numbers" in capsys.readouterr().out
     assert jax.tree.structure(names["merged"]) == jax.tree.structure(names["params"])
     cores = [arrays["core"] for arrays in names["grads"].values()]
