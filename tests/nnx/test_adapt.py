@@ -1,5 +1,6 @@
 """Foreign NNX models: adapted lazy output == the plain model with merged parameters."""
 
+import functools
 import re
 
 import jax
@@ -41,10 +42,21 @@ LAYERS = {
         SEQ,
     ),
 }
+
+
+@functools.cache
+def layer(name):
+    return LAYERS[name][0]()
+
+
 ADAPTERS = {
     "lora": flora.LoRA(rank=1, alpha=2.0),
     "flora": flora.FLoRA(ranks=1, window_rank=2, scale=1.5),
 }
+
+
+# Little is computed here: compile fast rather than well.
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 def filled(tree, seed=7, scale=0.4):
@@ -71,9 +83,8 @@ def check(original, x, rules):
 
     lazy = lambda bound: fnnx.apply(model, bound, x)
     merged = lambda bound: fnnx.apply(original, flora.materialize(bound), x)
-    lazily, densely, plain = jax.jit(
-        lambda: (both(lazy), both(merged), fnnx.apply(original, params, x))
-    )()
+    run = jax.jit(lambda: (both(lazy), both(merged), fnnx.apply(original, params, x)))
+    lazily, densely, plain = run.lower().compile(compiler_options=QUICK)()
     ((_, y), got), ((_, want), expected) = lazily, densely
     assert y.dtype == want.dtype
     np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
@@ -90,14 +101,12 @@ def check(original, x, rules):
     + [(name, "flora") for name in ("general", "einsum_batch", "conv2d_groups", "transpose")],
 )
 def test_layer(name, adapter):
-    make, shape = LAYERS[name]
-    check(make(), filled(jnp.zeros(shape), 2, 1.0), {".*kernel": ADAPTERS[adapter]})
+    check(layer(name), filled(jnp.zeros(LAYERS[name][1]), 2, 1.0), {".*kernel": ADAPTERS[adapter]})
 
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_plain_kernels_run_flax(name):
-    make, shape = LAYERS[name]
-    x, original = filled(jnp.zeros(shape), 2, 1.0), make()
+    x, original = filled(jnp.zeros(LAYERS[name][1]), 2, 1.0), layer(name)
     model, params = fnnx.adapt(original), fnnx.params(original)
     run = lambda m: str(jax.make_jaxpr(lambda p: fnnx.apply(m, p, x))(params))
     assert run(model) == run(original)
@@ -174,6 +183,11 @@ class Transformer(nnx.Module):
         return self.embed.attend(x)
 
 
+@functools.cache
+def transformer(stacked):
+    return nnx.jit(lambda: Transformer(nnx.Rngs(1), stacked=stacked))()
+
+
 TOKENS = jax.random.randint(jax.random.key(3), (2, 6), 0, 11)
 RULES = {
     r"layers/attn/(query|out)/kernel": flora.LoRA(rank=2),
@@ -184,14 +198,14 @@ RULES = {
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_transformer(stacked):
-    plan = check(Transformer(nnx.Rngs(1), stacked=stacked), TOKENS, RULES)
+    plan = check(transformer(stacked), TOKENS, RULES)
     assert len(plan) == (5 if stacked else 9)
     kernel = "layers/attn/out/kernel" if stacked else "layers/1/attn/out/kernel"
     assert plan[kernel].spec == flora.KernelSpec.dense(2, 1, stack_ndim=int(stacked))
 
 
 def test_original_is_untouched_and_arrays_are_shared():
-    original = Transformer(nnx.Rngs(1), stacked=False)
+    original = transformer(False)
     model = fnnx.adapt(original)
     assert type(original.embed) is nnx.Embed and type(model.embed) is not nnx.Embed
     assert type(model.layers[0].norm) is nnx.LayerNorm
@@ -233,8 +247,8 @@ def test_functional_keeps_other_state():
 
 
 def test_not_adapted_model_is_loud():
-    for make, shape in LAYERS.values():
-        model = make()
+    for name, (_, shape) in LAYERS.items():
+        model = layer(name)
         params, plan, adapters = setup(model, {".*kernel": flora.LoRA(rank=1)})
         bound = flora.bind(params, adapters, plan)
         with pytest.raises(TypeError, match=re.escape("flora_jax.nnx.adapt()")):
@@ -304,7 +318,7 @@ def test_bad_parameters_and_models():
 
 
 def test_low_bit_base():
-    model = fnnx.adapt(Transformer(nnx.Rngs(1), stacked=True))
+    model = fnnx.adapt(transformer(True))
     params, layout = fnnx.params(model), fnnx.specs(model)
     rules = {"layers/mlp/.*kernel|.*/out/kernel|.*embedding": flora.Format("int4", block=4)}
     small = flora.quantize(params, rules, specs=layout)
@@ -317,7 +331,7 @@ def test_low_bit_base():
 
 
 def test_training_end_to_end():
-    original = Transformer(nnx.Rngs(1), stacked=True)
+    original = transformer(True)
     model = fnnx.adapt(original)
     f, params, rest = fnnx.functional(model)
     layout = fnnx.specs(model)
