@@ -53,11 +53,14 @@ _PLAIN = (
 )
 # The pooler is left behind only by a configuration that has no use for it.
 _SPARE = (r"(bert\.)?embeddings\.position_ids", r"(bert\.)?pooler\..*")
+# The names of the first checkpoints (bert-base-uncased is one).
+_LEGACY = {r"LayerNorm\.gamma$": "LayerNorm.weight", r"LayerNorm\.beta$": "LayerNorm.bias"}
 
-BERT = register("BertModel", table=NameMap(_bert(""), ignore=_SPARE))
+BERT = register("BertModel", table=NameMap(_bert(""), ignore=_SPARE, legacy=_LEGACY))
 # A pretraining or next-sentence head is left behind: what is read is the encoder.
 BERT_HEADED = register(
-    "bert", table=NameMap(_bert("bert."), prefix="bert.", ignore=(*_SPARE, r"cls\..*"))
+    "bert",
+    table=NameMap(_bert("bert."), prefix="bert.", ignore=(*_SPARE, r"cls\..*"), legacy=_LEGACY),
 )
 VIT = register("ViTModel", table=NameMap(_vit("", *_PLAIN)))
 VIT_HEADED = register("vit", table=NameMap(_vit("vit.", *_PLAIN), prefix="vit."))

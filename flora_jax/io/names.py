@@ -82,12 +82,20 @@ class NameMap:
       ignore: regexes of their names that are no parameters (buffers, index tables).
       copies: their names that may be present although the model has no such leaf, each with the
         tensor it must equal (a tied head).
+      legacy: ``{regex: replacement}`` for names that old files use; never written.
     """
 
     rules: tuple[Rule, ...]
     prefix: str = ""
     ignore: tuple[str, ...] = ()
     copies: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    legacy: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def modern(self, name: str) -> str:
+        """Their current name for a name in a file."""
+        for pattern, replacement in self.legacy.items():
+            name = re.sub(pattern, replacement, name)
+        return name
 
     def slot(self, path: str, shape: tuple[int, ...], most: int | None = None) -> Slot:
         """What of the file makes up our leaf.
@@ -151,11 +159,10 @@ def name_map(config: Mapping[str, Any]) -> NameMap:
 
 
 def _present(table: NameMap, tensors: Mapping[str, Any]) -> dict[str, str]:
-    """``{full name: name in the file}``: puts back a prefix that the whole file lacks."""
+    """``{full current name: name in the file}``: puts back a prefix that the whole file lacks."""
+    names = {table.modern(name): name for name in tensors}
     bare = table.prefix and not any(name.startswith(table.prefix) for name in tensors)
-    if not bare:
-        return {name: name for name in tensors}
-    return {name: name for name in tensors} | {table.prefix + name: name for name in tensors}
+    return names | {table.prefix + new: old for new, old in names.items()} if bare else names
 
 
 def check_names(

@@ -156,6 +156,23 @@ def test_files_round_trip(model, tmp_path):
     assert not back
 
 
+def test_names_of_the_first_bert_checkpoints(tmp_path):
+    model = Bert(BertConfig(**BERT))
+    params = registry.init(model, jax.random.key(0))
+    io.save_hf(tmp_path / "new", model, params)
+    tensors = dict(safetensors.TensorFiles(tmp_path / "new"))
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("Norm.bias", "Norm.beta"): x
+        for name, x in tensors.items()
+    }
+    assert len(set(old) - set(tensors)) == 2 + 4 * BERT["num_hidden_layers"]
+    (tmp_path / "old").mkdir()
+    safetensors.save_one(tmp_path / "old" / "model.safetensors", old)
+    (tmp_path / "old" / "config.json").write_bytes((tmp_path / "new/config.json").read_bytes())
+    _, again = io.load_hf(tmp_path / "old")
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
 def test_a_prefixless_body_and_wrong_tensors(tmp_path):
     model = Bert(BertConfig.tiny(num_labels=2))
     params = jax.jit(registry.init, static_argnums=0)(model, jax.random.key(0))
