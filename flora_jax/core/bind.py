@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -94,17 +93,22 @@ def _expression(bound: Bound, base: Base) -> LinearMap:
 
 
 def path_keys(key: jax.Array, path: str, stack: tuple[int, ...]) -> jax.Array:
-    """Keys ``[*stack]`` for one path: folded by the canonical path, then by the block's index.
+    """Keys ``[*stack]`` for one path: folded by the canonical path, then by the blocks' indices.
 
     Scanned and unrolled models, and any sharding, get the same keys.
     """
-    short = paths.canonical(path)
-    key = jax.random.fold_in(key, zlib.crc32(short.encode()))
-    if stack:
-        index = jnp.arange(math.prod(stack))
-        return jax.vmap(lambda i: jax.random.fold_in(key, i))(index).reshape(stack)
-    digits = re.findall(r"(?:_|/)(\d+)(?=/|$)", path) if short != path else []
-    return jax.random.fold_in(key, int(digits[0]) if digits else 0)
+    key = jax.random.fold_in(key, zlib.crc32(paths.canonical(path).encode()))
+    indices = paths.block_indices(path)
+    outer = range(math.prod(stack)) if stack else indices[:1] or (0,)
+    inner = indices if stack else indices[1:]
+
+    def fold(index: jax.Array) -> jax.Array:
+        folded = jax.random.fold_in(key, index)
+        for n in inner:
+            folded = jax.random.fold_in(folded, n)
+        return folded
+
+    return jax.vmap(fold)(jnp.array(outer)).reshape(stack)
 
 
 def over_stack(f: Callable[..., Any], ndim: int) -> Callable[..., Any]:

@@ -32,6 +32,15 @@ def canonical(path: str) -> str:
     return _INDEXED.sub(r"\1", path)
 
 
+def block_indices(path: str) -> tuple[int, ...]:
+    """The indices that :func:`canonical` drops, outermost first.
+
+    >>> block_indices("layers_3/mlp/layers/2/kernel"), block_indices("Dense_1/kernel")
+    ((3, 2), ())
+    """
+    return tuple(int(re.split("_|/", m.group())[-1]) for m in _INDEXED.finditer(path))
+
+
 def _key(entry: Any) -> str:
     """The text of one key of a jax key path."""
     for attribute in ("key", "idx", "name"):

@@ -204,6 +204,22 @@ def test_transformer(stacked):
     assert plan[kernel].spec == flora.KernelSpec.dense(2, 1, stack_ndim=int(stacked))
 
 
+def test_nested_blocks_draw_their_own_adapters():
+    """A list in a stack: each element its own keys, the same as in a list of lists."""
+    fresh = {}
+    for stacked in (True, False):
+        params, plan, _ = setup(
+            fnnx.adapt(transformer(stacked)), {".*/mlp/.*kernel": flora.LoRA(rank=2)}
+        )
+        fresh[stacked] = flora.init(plan, jax.random.key(0), params)
+    for n in (0, 2):
+        whole = fresh[True][f"layers/mlp/layers/{n}/kernel"]["a"]
+        parts = [fresh[False][f"layers/{i}/mlp/layers/{n}/kernel"]["a"] for i in range(2)]
+        np.testing.assert_array_equal(whole, jnp.stack(parts))
+    first, third = (fresh[False][f"layers/0/mlp/layers/{n}/kernel"]["a"] for n in (0, 2))
+    assert not bool(jnp.any(first == third[: first.shape[0]]))
+
+
 def test_original_is_untouched_and_arrays_are_shared():
     original = transformer(False)
     model = fnnx.adapt(original)
