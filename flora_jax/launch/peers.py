@@ -67,7 +67,10 @@ def jax_side(settings: Mapping[str, Any]) -> tuple[Callable[[], None], Callable[
         jax.config.update("jax_compilation_cache_dir", settings["cache"])
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     model = Llama(LlamaConfig(**SMOLLM2, remat=settings["remat"]))
-    base = jax.jit(lambda key: registry.init(model, key))(jax.random.key(0))
+    # Leaf by leaf, as a loader would: one program for all would need the memory twice.
+    rng = np.random.default_rng(0)
+    draw = lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32))
+    base = jax.tree.map(draw, registry.abstract(model))
     names = "|".join(TARGETS)
     adapter = flora.LoRA(rank=settings["rank"], alpha=settings["rank"])
     plan = flora.plan(base, {f"layers/self_attn/({names})/kernel": adapter})
