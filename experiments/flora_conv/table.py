@@ -58,4 +58,4 @@ def plot(groups, axes):
     axes[1].set_yscale("log")
     axes[1].set_xlabel("adapter numbers")
     axes[1].set_ylabel("mean squared error, one mark a seed")
-    axes[1].legend(fontsize="small")
+    axes[1].legend(fontsize="x-small", loc="center", bbox_to_anchor=(0.62, 0.45))

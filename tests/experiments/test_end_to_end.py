@@ -42,7 +42,9 @@ def test_sweep_and_table(tmp_path, capsys):
     (folder / "expected.json").write_text(json.dumps(CLAIMS))
     where = ["--experiment", str(folder), "--out", str(out)]
     assert main(["sweep", *where]) == 0
-    cnn, student = (RunDir(out / run.id).status()["result"] for run in Experiment.find(folder).runs())
+    cnn, student = (
+        RunDir(out / run.id).status()["result"] for run in Experiment.find(folder).runs()
+    )
     assert cnn["trained_adapters"] == 176 and cnn["trained"] == 176 + 32 * 5 + 5
     assert 0 <= cnn["retention"] <= 100
     assert student["trained"] == student["trained_adapters"] == 106
