@@ -10,7 +10,7 @@ from flora_jax.launch import arguments, catalogue
 from flora_jax.launch.experiment import Experiment
 from flora_jax.launch.sweep import sweep
 
-EXAMPLE = "flora sweep --experiment nola_flora --jobs 2"
+EXAMPLE = "flora sweep --experiment nola_digits --jobs 2"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -11,7 +11,7 @@ from flora_jax.launch.experiment import Experiment
 from flora_jax.launch.sweep_command import add_experiment, folder
 from flora_jax.launch.table import table
 
-EXAMPLE = "flora table --experiment nola_flora"
+EXAMPLE = "flora table --experiment nola_digits"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
