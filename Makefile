@@ -11,7 +11,7 @@ WORKERS ?= 2
 
 .PHONY: help quickstart test test-fast lint clean
 help:
-	@echo "make quickstart  install and fine-tune SmolLM2-135M with LoRA and FLoRA (5-8 minutes on 2 cores)"
+	@echo "make quickstart  install and fine-tune SmolLM2-135M with LoRA and FLoRA (3-8 minutes on 2 cores)"
 	@echo "make test        install and run the whole test suite (torch, transformers and peft included)"
 	@echo "make test-fast   install and run the tests that need neither torch nor pretrained weights"
 	@echo "make lint        ruff"
