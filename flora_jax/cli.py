@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from flora_jax.core.errors import ConfigError, FloraError, unknown
+from flora_jax.launch import arguments
 
 # name -> (module of flora_jax.launch, what it does)
 COMMANDS = {
@@ -44,18 +45,6 @@ def _overview() -> str:
     return "commands:\n" + "\n".join(lines) + "\n\nflora COMMAND --help shows its options."
 
 
-def _parser(name: str, module: object) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"flora {name}",
-        description=module.__doc__,
-        epilog=f"example:\n  {module.EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    return parser
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line; returns its exit status. Bad input is one line on stderr, status 1."""
     words, bindings = split_bindings(sys.argv[1:] if argv is None else argv)
@@ -80,9 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.command not in COMMANDS:
             raise ConfigError(unknown("command", options.command, COMMANDS))
         module = importlib.import_module(f"flora_jax.launch.{COMMANDS[options.command][0]}")
-        arguments = _parser(options.command, module).parse_args(words[1:])
-        arguments.bindings = bindings
-        return module.run(arguments) or 0
+        chosen = arguments.parser(options.command, module).parse_args(words[1:])
+        chosen.bindings = bindings
+        return module.run(chosen) or 0
     except FloraError as error:
         if os.environ.get("FLORA_TRACEBACK"):
             raise

@@ -11,13 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.adapters.initializers import kaiming_uniform
-from flora_jax.core.adapter import Adapter, batch_dims, check_rank
+from flora_jax.core.adapter import PRNG, Adapter, batch_dims, check_rank
 from flora_jax.core.errors import PlanError
 from flora_jax.core.operators import LowRank
 from flora_jax.core.registry import register
 from flora_jax.core.structured import branch
-
-PRNG = "threefry2x32"
 
 
 def basis(key_data: jax.Array, first: jax.Array, count: int, shape: tuple[int, ...]) -> jax.Array:

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from flora_jax.core.adapter import Adapter
+from flora_jax.core.adapter import PRNG, Adapter
 from flora_jax.core.errors import PlanError
 from flora_jax.core.operators import LowRank
 from flora_jax.core.registry import register
@@ -78,7 +78,7 @@ class VeRA(Adapter):
         train = {"d": jnp.full(self.rank, self.d_initial), "b": jnp.zeros(n_out)}
         if not self.stored:
             return train, {}
-        root = jax.random.key(self.seed, impl="threefry2x32")
+        root = jax.random.key(self.seed, impl=PRNG)
         return train, dict(zip(("a0", "b0"), self.projections(root, n_in, n_out)))
 
     def operator(self, params, spec, ctx):

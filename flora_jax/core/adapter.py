@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from typing import Any, ClassVar
 
 import jax
@@ -14,6 +13,8 @@ from flora_jax.core.registry import lookup, name_of
 from flora_jax.core.spec import KernelSpec
 
 Params = dict[str, jax.Array]
+# Frozen random bases must come back bit for bit, whatever jax's default generator is.
+PRNG = "threefry2x32"
 CONTRACTED = ("dense", "einsum", "conv", "conv_transpose", "embedding")
 
 
@@ -110,8 +111,3 @@ def check_rank(rank: int, spec: KernelSpec, shape: tuple[int, ...], name: str = 
 def batch_dims(spec: KernelSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """``(B,)`` for a kernel with batch axes or groups, else ``()``."""
     return spec.canonical_shape(shape)[:-2]
-
-
-def hints(cls: type) -> dict[str, Any]:
-    """Resolved field types of a dataclass."""
-    return typing.get_type_hints(cls)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.core import paths
-from flora_jax.core.adapter import Adapter, Context, Params
+from flora_jax.core.adapter import PRNG, Adapter, Context, Params
 from flora_jax.core.contraction import Contraction
 from flora_jax.core.errors import PlanError, StructureError
 from flora_jax.core.leaf import Weight, WeightLeaf, dense, is_leaf
@@ -20,7 +20,6 @@ from flora_jax.core.operators import Base, Inputs, LinearMap, Scale, Sum, delta
 from flora_jax.core.plan import Entry, Plan, check_adapters
 from flora_jax.core.spec import KernelSpec
 
-PRNG = "threefry2x32"
 AdapterTree = dict[str, Params]
 
 

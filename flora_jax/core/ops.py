@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from flora_jax.core import contraction
 from flora_jax.core.errors import PlanError
-from flora_jax.core.leaf import Weight, WeightLeaf, attend, contract, dense
+from flora_jax.core.leaf import Weight, WeightLeaf, attend, contract
 from flora_jax.core.spec import KernelSpec
 
 __all__ = ["attend", "conv", "dot", "einsum", "embed", "logical_shape", "value"]
@@ -103,8 +103,3 @@ def value(w: Weight, dtype: Any = None) -> jax.Array:
             "takes Replace or no adapter at all"
         )
     return w if dtype is None else jnp.asarray(w, dtype)
-
-
-def as_array(w: Weight, dtype: Any = None) -> jax.Array:
-    """Any weight as one dense array (explicit; see ``flora_jax.materialize``)."""
-    return dense(w, dtype)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from flora_jax.adapters import DoRA, LoRA, OLoRA, PiSSA, VeRA
+from flora_jax.core.adapter import PRNG
 from flora_jax.core.errors import PlanError, StructureError
 from flora_jax.core.plan import Entry
 from flora_jax.io import peft_layouts as layouts
@@ -192,7 +193,7 @@ def _projections(row: Row) -> tuple[np.ndarray, np.ndarray]:
     if "a0" in row.arrays:
         return row.arrays["a0"], row.arrays["b0"]
     n_in, n_out = row.entry.spec.unstacked().canonical_shape(row.entry.kernel_shape)
-    root = jax.random.key(adapter.seed, impl="threefry2x32")
+    root = jax.random.key(adapter.seed, impl=PRNG)
     a, b = adapter.projections(root, n_in, n_out)
     return np.asarray(a), np.asarray(b)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from types import ModuleType
 
 from flora_jax import config
 from flora_jax.launch import catalogue
@@ -47,3 +48,16 @@ def load(arguments: argparse.Namespace) -> config.Config:
     """The configuration that a command line describes."""
     catalogue.register_all()
     return config.load(arguments.gin_file, arguments.bindings, arguments.gin_search_paths)
+
+
+def parser(name: str, module: ModuleType) -> argparse.ArgumentParser:
+    """The parser of ``flora NAME``: a module's docstring, EXAMPLE and ``add_arguments``."""
+    made = argparse.ArgumentParser(
+        prog=f"flora {name}",
+        description=module.__doc__,
+        epilog=f"example:\n  {module.EXAMPLE}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    module.add_arguments(made)
+    return made

@@ -8,6 +8,7 @@ import pkgutil
 
 from flora_jax import launch
 from flora_jax.core.errors import ConfigError, unknown
+from flora_jax.launch import arguments
 
 EXAMPLE = "flora bench step --gin_file=runs/finetune_lm.gin --steps 10"
 PREFIX = "bench_"
@@ -29,14 +30,6 @@ def run(options: argparse.Namespace) -> int:
     if options.name not in benchmarks():
         raise ConfigError(unknown("benchmark", options.name, benchmarks()))
     module = importlib.import_module(f"flora_jax.launch.{PREFIX}{options.name}")
-    parser = argparse.ArgumentParser(
-        prog=f"flora bench {options.name}",
-        description=module.__doc__,
-        epilog=f"example:\n  {module.EXAMPLE}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    module.add_arguments(parser)
-    chosen = parser.parse_args(options.rest)
+    chosen = arguments.parser(f"bench {options.name}", module).parse_args(options.rest)
     chosen.bindings = options.bindings
     return module.run(chosen) or 0
