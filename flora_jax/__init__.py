@@ -15,12 +15,12 @@ from flora_jax.adapters import PiSSA as PiSSA
 from flora_jax.adapters import Replace as Replace
 from flora_jax.adapters import VeRA as VeRA
 from flora_jax.core.bind import bind as bind
-from flora_jax.core.bind import combine as combine
-from flora_jax.core.bind import init as init
 from flora_jax.core.bind import materialize as materialize
-from flora_jax.core.bind import partition as partition
 from flora_jax.core.bind import rebase as rebase
 from flora_jax.core.bind import split as split
+from flora_jax.core.initialize import combine as combine
+from flora_jax.core.initialize import init as init
+from flora_jax.core.initialize import partition as partition
 from flora_jax.core.observe import observe as observe
 from flora_jax.core.plan import Plan as Plan
 from flora_jax.core.plan import plan as plan

@@ -104,7 +104,7 @@ class Hydra(Adapter):
         if key is None or self.dropout == 0.0:
             return self.scale * LowRank(a, b)
         key = jax.random.fold_in(key, name == "parallel")
-        return self.scale * Compose(Matrix(a), Dropout(self.dropout, key), Matrix(b))
+        return self.scale * Compose(Matrix(a), Dropout(key, self.dropout), Matrix(b))
 
     def operator(self, params, spec, ctx):
         expression = ctx.base

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -27,12 +28,14 @@ class Context:
       shape: the unstacked kernel shape.
       dropout: key of this leaf and step while training, else None.
       basis: key of this leaf's frozen random bases (methods with a ``seed``), else None.
+      pool: arrays shared by all weights of this configuration (methods with a ``pool``), else None.
     """
 
     base: Base
     shape: tuple[int, ...]
     dropout: jax.Array | None = None
     basis: jax.Array | None = None
+    pool: Params | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,14 +45,24 @@ class Adapter:
     Class attributes:
       kinds: kernel kinds the method is defined for.
       needs_base: ``init`` reads the weight's values (else it gets a ShapeDtypeStruct).
+      statistics: names of the input statistics (:func:`flora_jax.observe`) that ``init`` reads;
+        it then takes them as a fourth argument ``{name: array}``.
       shared_basis: one random basis for all leaves instead of one per path.
+      whole_stack: the method couples the layers of a scanned stack: ``init`` and ``value`` see the
+        stacked leaf, and the arrays have no stack axes of their own.
+      pooled: :meth:`pool` makes arrays that all weights with this configuration share.
+      per_example: :meth:`generate` makes further arrays from each row's own features.
       dim_names: parameter name -> what each axis follows: ``in``, ``out``, ``batch``, ``kernel``
         (all axes of the kernel as stored) or None; shardings are derived from it.
     """
 
     kinds: ClassVar[tuple[str, ...]] = CONTRACTED
     needs_base: ClassVar[bool] = False
+    statistics: ClassVar[tuple[str, ...]] = ()
     shared_basis: ClassVar[bool] = False
+    whole_stack: ClassVar[bool] = False
+    pooled: ClassVar[bool] = False
+    per_example: ClassVar[bool] = False
     dim_names: ClassVar[dict[str, tuple[str | None, ...]]] = {}
 
     def check(self, spec: KernelSpec, shape: tuple[int, ...]) -> None:
@@ -75,6 +88,14 @@ class Adapter:
         """The whole new leaf, for methods that replace it; None for operators."""
         return None
 
+    def pool(self, key: jax.Array, entries: Sequence[Any]) -> tuple[Params, Params]:
+        """``(trained, frozen)`` arrays shared by the weights of ``entries`` (plan entries)."""
+        raise NotImplementedError
+
+    def generate(self, pool: Params, features: Any, entries: Sequence[Any]) -> dict[str, Params]:
+        """``{path: {name: [*stack, N, ...]}}``: arrays of N rows from the rows' features."""
+        raise NotImplementedError
+
     def rebase(self, base: jax.Array, params: Params, spec: KernelSpec) -> tuple[jax.Array, Params]:
         """Fold frozen parts into the weight: ``(new base, parameters without those parts)``."""
         return base, params
@@ -82,6 +103,18 @@ class Adapter:
     def to_json(self) -> dict[str, Any]:
         """``{"method": name, field: value ...}`` with every field."""
         return {"method": name_of(self), **dataclasses.asdict(self)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivationAdapter(Adapter):
+    """Base class of adapters that act on a layer's output, bias included; they do not merge."""
+
+    def operator(self, params: Params, spec: KernelSpec, ctx: Context) -> LinearMap:
+        return ctx.base
+
+    def activate(self, params: Params, y: jax.Array, spec: KernelSpec, ctx: Context) -> jax.Array:
+        """The new output for the canonical output ``y [..., out]`` of the layer."""
+        raise NotImplementedError
 
 
 def from_json(data: dict[str, Any]) -> Adapter:

@@ -28,7 +28,8 @@ STATISTICS = ("gram", "sum", "abs_sum", "max", "count")
 Probe = dict[str, jax.Array]
 
 
-def _shape(name: str, spec: KernelSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+def statistic_shape(name: str, spec: KernelSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a statistic of an unstacked kernel: ``[B, in, in]``, ``[B, in]`` or ``()``."""
     *batch, n_in, _ = spec.canonical_shape(shape)
     tail = {"gram": (n_in, n_in), "count": (), "uses": ()}.get(name, (n_in,))
     return tail if name in ("count", "uses") else (*batch, *tail)
@@ -241,7 +242,7 @@ def _zeros(names: tuple[str, ...], spec: KernelSpec, shape: tuple[int, ...]) -> 
     if spec.kind == "embedding" and "gram" in names:
         raise FloraError("the gram matrix of an embedding's one-hot inputs is diagonal: take 'sum'")
     inner = spec.unstacked(), shape[len(stack) :]
-    return {name: jnp.zeros((*stack, *_shape(name, *inner))) for name in (*names, "uses")}
+    return {name: jnp.zeros((*stack, *statistic_shape(name, *inner))) for name in (*names, "uses")}
 
 
 def _attach(params, probes, mask, names, layout):

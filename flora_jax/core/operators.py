@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,22 @@ from flora_jax.core.contraction import Contraction, mm
 from flora_jax.core.errors import LazyError
 from flora_jax.core.leaf import Weight, attend, contract, dense
 from flora_jax.core.spec import KernelSpec
+
+Class = TypeVar("Class", bound=type)
+
+
+def operator(cls: Class) -> Class:
+    """Class decorator of maps: a frozen dataclass, compared by identity, that is a pytree.
+
+    Arrays and inner maps are children, so expressions can be vmapped over adapters and gathered
+    by rows; fields marked :func:`static` are structure.
+    """
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, eq=False)(cls))
+
+
+def static(**kwargs: Any) -> Any:
+    """A dataclass field that is part of a map's structure (sizes, specs), not of its data."""
+    return dataclasses.field(metadata={"static": True}, **kwargs)
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,7 +93,7 @@ class LinearMap:
         raise NotImplementedError
 
     def __add__(self, other: LinearMap) -> Sum:
-        return Sum(*_terms(self), *_terms(other))
+        return Sum(*terms(self), *terms(other))
 
     def __sub__(self, other: LinearMap) -> Sum:
         return self + (-1.0) * other
@@ -89,7 +105,8 @@ class LinearMap:
         return Compose(*_stages(self), *_stages(other))
 
 
-def _terms(m: LinearMap) -> tuple[LinearMap, ...]:
+def terms(m: LinearMap) -> tuple[LinearMap, ...]:
+    """The terms of a sum; a map alone is its own."""
     return m.terms if isinstance(m, Sum) else (m,)
 
 
@@ -102,13 +119,13 @@ def transpose(m: jax.Array) -> jax.Array:
     return jnp.swapaxes(m, -1, -2)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator
 class Base(LinearMap):
     """The frozen weight itself, array or low-bit leaf, in its stored layout."""
 
     weight: Weight
-    spec: KernelSpec
-    transposed: bool = False
+    spec: KernelSpec = static()
+    transposed: bool = static(default=False)
 
     def apply(self, inputs):
         if inputs.raw is not None:
@@ -132,11 +149,11 @@ class Base(LinearMap):
         return 2 * math.prod(self.spec.canonical_shape(tuple(self.weight.shape)))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator
 class Identity(LinearMap):
     """``M = I`` of size ``n``."""
 
-    n: int
+    n: int = static()
 
     def then(self, y):
         return y
@@ -152,7 +169,7 @@ class Identity(LinearMap):
         return 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator
 class Matrix(LinearMap):
     """An explicit matrix ``[in, out]`` or ``[B, in, out]``."""
 
@@ -175,7 +192,7 @@ class Matrix(LinearMap):
         return 2 * self.matrix.size
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator
 class LowRank(LinearMap):
     """``M = a b`` with ``a [in, r]``, ``b [r, out]``; a convolution's ``a`` is a convolution."""
 
@@ -199,7 +216,7 @@ class LowRank(LinearMap):
         return 2 * (self.a.size + self.b.size)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator
 class Scale(LinearMap):
     """``factor * inner``; the factor is a scalar, possibly traced."""
 
@@ -226,11 +243,19 @@ class Scale(LinearMap):
         return self.inner.flops()
 
 
+@jax.tree_util.register_pytree_node_class
 class Sum(LinearMap):
     """``M = sum of the terms``."""
 
     def __init__(self, *terms: LinearMap):
         self.terms = terms
+
+    def tree_flatten(self):
+        return self.terms, None
+
+    @classmethod
+    def tree_unflatten(cls, _, terms):
+        return cls(*terms)
 
     def apply(self, inputs):
         return sum(term.apply(inputs) for term in self.terms)
@@ -249,11 +274,19 @@ class Sum(LinearMap):
         return sum(term.flops() for term in self.terms)
 
 
+@jax.tree_util.register_pytree_node_class
 class Compose(LinearMap):
     """``M = stages[0] stages[1] ...``: the first stage sees the input first."""
 
     def __init__(self, *stages: LinearMap):
         self.stages = stages
+
+    def tree_flatten(self):
+        return self.stages, None
+
+    @classmethod
+    def tree_unflatten(cls, _, stages):
+        return cls(*stages)
 
     def apply(self, inputs):
         stages = list(self.stages)
@@ -285,8 +318,7 @@ class Compose(LinearMap):
 
 def delta(expression: LinearMap, base: Base) -> LinearMap:
     """``expression - base``, without applying the base where it is a plain term of a sum."""
-    terms = _terms(expression)
-    if base in terms:
-        rest = [term for term in terms if term is not base]
-        return Sum(*rest)
-    return Sum(*terms, Scale(-1.0, base))
+    parts = terms(expression)
+    if any(part is base for part in parts):
+        return Sum(*(part for part in parts if part is not base))
+    return Sum(*parts, Scale(-1.0, base))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -17,6 +18,7 @@ from flora_jax.core import paths
 from flora_jax.core.adapter import Adapter
 from flora_jax.core.errors import FloraError, PlanError, StructureError
 from flora_jax.core.leaf import is_leaf
+from flora_jax.core.observe import statistic_shape
 from flora_jax.core.registry import name_of
 from flora_jax.core.spec import KernelSpec, infer
 
@@ -61,10 +63,45 @@ class Entry:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pool:
+    """Arrays that all weights of one adapter configuration share, at ``pool/<method>``."""
+
+    path: str
+    adapter: Adapter
+    entries: tuple[Entry, ...]
+    train: Shapes
+    frozen: Shapes
+
+    @property
+    def count(self) -> int:
+        """Trained numbers, counted once however many weights share them."""
+        return sum(math.prod(shape) for _, shape, _ in self.train)
+
+
+@dataclasses.dataclass(frozen=True)
 class Plan:
     """Entries in path order. Equal plans are equal objects: use it as a static jit argument."""
 
     entries: tuple[Entry, ...]
+
+    @functools.cached_property
+    def pools(self) -> tuple[Pool, ...]:
+        """One pool for each configuration of a method that shares arrays, in order of first use."""
+        sharing: dict[Adapter, list[Entry]] = {}
+        for entry in self.entries:
+            if entry.adapter.pooled:
+                sharing.setdefault(entry.adapter, []).append(entry)
+        taken: dict[str, int] = {}
+        return tuple(_make_pool(a, tuple(e), taken) for a, e in sharing.items())
+
+    def pool_of(self, adapter: Adapter) -> Pool | None:
+        """The pool of a configuration, or None."""
+        return next((pool for pool in self.pools if pool.adapter == adapter), None)
+
+    @property
+    def owners(self) -> tuple[Entry | Pool, ...]:
+        """Everything that owns arrays: the entries, then the pools."""
+        return (*self.entries, *self.pools)
 
     def __iter__(self):
         return iter(self.entries)
@@ -82,7 +119,7 @@ class Plan:
     @property
     def count(self) -> int:
         """Trained numbers in all."""
-        return sum(entry.count for entry in self.entries)
+        return sum(owner.count for owner in self.owners)
 
     def to_json(self) -> str:
         """The plan as JSON text; :meth:`from_json` gives an equal plan."""
@@ -127,6 +164,9 @@ class Plan:
         for e in self.entries:
             shape = "x".join(map(str, e.shape))
             rows.append((e.path, shape, e.spec.kind, describe(e.adapter), f"{e.count:,}"))
+        for pool in self.pools:
+            what = f"{len(pool.entries)} weights"
+            rows.append((pool.path, what, "shared", describe(pool.adapter), f"{pool.count:,}"))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
@@ -157,15 +197,43 @@ def make_entry(
         raise PlanError(f"{path}: shape {shape} does not fit {spec}")
     try:
         adapter.check(spec, entry.kernel_shape)
-        base = jax.ShapeDtypeStruct(entry.kernel_shape, jnp.dtype(dtype))
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        train, frozen = jax.eval_shape(lambda k, b: adapter.init(k, spec.unstacked(), b), key, base)
+        train, frozen = jax.eval_shape(*_abstract_init(entry))
     except FloraError as error:
         raise type(error)(f"{path}: {error}") from None
-    shapes = lambda tree: tuple(
-        (name, entry.stack + leaf.shape, str(leaf.dtype)) for name, leaf in sorted(tree.items())
-    )
-    return dataclasses.replace(entry, train=shapes(train), frozen=shapes(frozen))
+    lead = () if adapter.whole_stack else entry.stack
+    return dataclasses.replace(entry, train=_shapes(train, lead), frozen=_shapes(frozen, lead))
+
+
+def _abstract_init(entry: Entry) -> tuple[Any, ...]:
+    """The adapter's ``init`` and abstract arguments for it."""
+    adapter, spec = entry.adapter, entry.spec
+    spec = spec if adapter.whole_stack else spec.unstacked()
+    shape = entry.shape if adapter.whole_stack else entry.kernel_shape
+    base = jax.ShapeDtypeStruct(shape, jnp.dtype(entry.dtype))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    if not adapter.statistics:
+        return lambda k, b: adapter.init(k, spec, b), key, base
+    lead, inner = (entry.stack if adapter.whole_stack else ()), entry.spec.unstacked()
+    stats = {
+        name: jax.ShapeDtypeStruct(
+            lead + statistic_shape(name, inner, entry.kernel_shape), jnp.float32
+        )
+        for name in adapter.statistics
+    }
+    return lambda k, b, s: adapter.init(k, spec, b, s), key, base, stats
+
+
+def _shapes(tree: Mapping[str, Any], lead: tuple[int, ...] = ()) -> Shapes:
+    return tuple((name, lead + leaf.shape, str(leaf.dtype)) for name, leaf in sorted(tree.items()))
+
+
+def _make_pool(adapter: Adapter, entries: tuple[Entry, ...], taken: dict[str, int]) -> Pool:
+    name = name_of(adapter)
+    taken[name] = taken.get(name, 0) + 1
+    path = f"pool/{name}" if taken[name] == 1 else f"pool/{name}_{taken[name]}"
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    train, frozen = jax.eval_shape(lambda k: adapter.pool(k, entries), key)
+    return Pool(path, adapter, entries, _shapes(train), _shapes(frozen))
 
 
 def plan(
@@ -210,7 +278,7 @@ def check_adapters(adapters: Mapping[str, Mapping[str, Any]], plan: Plan) -> Non
 
     Frozen arrays may be absent: :func:`flora_jax.rebase` folds them into the base.
     """
-    expected = {entry.path: entry for entry in plan}
+    expected = {owner.path: owner for owner in plan.owners}
     if set(adapters) != set(expected):
         missing = sorted(set(expected) - set(adapters))[:3]
         extra = sorted(set(adapters) - set(expected))[:3]

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 
 from flora_jax.core.contraction import over_batch
 from flora_jax.core.errors import LazyError
-from flora_jax.core.operators import Compose, LinearMap, transpose
+from flora_jax.core.operators import Compose, LinearMap, operator, static, transpose
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator
 class Diag(LinearMap):
     """``M = diag(values)``, values ``[n]`` or ``[B, n]``."""
 
@@ -32,7 +30,7 @@ class Diag(LinearMap):
         return self.values.size
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator
 class BlockDiag(LinearMap):
     """``M = blockdiag(blocks)``, blocks ``[n, p, q]``."""
 
@@ -55,7 +53,7 @@ class BlockDiag(LinearMap):
         return 2 * self.blocks.size
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator
 class Kron(LinearMap):
     """``M = sum_k left_k (x) right_k``, left ``[k, m, n]``, right ``[k, p, q]``: ``[mp, nq]``."""
 
@@ -81,14 +79,14 @@ class Kron(LinearMap):
         return 2 * k * (m * n * p + n * p * q)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator
 class Sparse(LinearMap):
     """``M[rows, cols] += values`` and zero elsewhere; ``size = (in, out)``."""
 
     rows: jax.Array
     cols: jax.Array
     values: jax.Array
-    size: tuple[int, int]
+    size: tuple[int, int] = static()
 
     def then(self, y):
         picked = jnp.take(y, self.rows, axis=-1) * self.values.astype(y.dtype)
@@ -106,7 +104,7 @@ class Sparse(LinearMap):
         return 2 * self.values.size
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator
 class Permute(LinearMap):
     """``(x M)[j] = x[index[j]]``."""
 
@@ -126,14 +124,14 @@ class Permute(LinearMap):
         return 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator
 class Channelwise(LinearMap):
     """A map on the input channels of a layer: ``I_window (x) inner`` for a convolution."""
 
     on_inputs = True
 
     inner: LinearMap
-    window: int = 1
+    window: int = static(default=1)
 
     def apply(self, inputs):
         raise LazyError("Channelwise acts on a layer's input; compose it with a kernel map")
@@ -155,14 +153,14 @@ class Channelwise(LinearMap):
         return self.window * self.inner.flops()
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator
 class Dropout(LinearMap):
     """Inverted dropout on a branch's input; the identity as a matrix."""
 
     on_inputs = True
 
-    rate: float
     key: jax.Array
+    rate: float = static()
 
     def then(self, y):
         keep = jax.random.bernoulli(self.key, 1.0 - self.rate, y.shape)
@@ -181,4 +179,4 @@ class Dropout(LinearMap):
 
 def branch(inner: LinearMap, rate: float, key: jax.Array | None) -> LinearMap:
     """A map with dropout on its input when a key is given."""
-    return inner if key is None or rate == 0.0 else Compose(Dropout(rate, key), inner)
+    return inner if key is None or rate == 0.0 else Compose(Dropout(key, rate), inner)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.core.contraction import Conv, Lookup, mm
-from flora_jax.core.operators import LinearMap
+from flora_jax.core.operators import LinearMap, operator, static
 from flora_jax.core.spec import KernelSpec
 
 
@@ -32,7 +32,7 @@ def _modes(x: jax.Array, factors: list[jax.Array], *, into_core: bool) -> jax.Ar
     return x
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@operator
 class Tucker(LinearMap):
     """``M`` = the canonical form of ``core x_1 A_1 ... x_N A_N`` over the axes of the kernel.
 
@@ -48,8 +48,8 @@ class Tucker(LinearMap):
 
     core: jax.Array
     factors: tuple[jax.Array, ...]
-    spec: KernelSpec
-    transposed: bool = False
+    spec: KernelSpec = static()
+    transposed: bool = static(default=False)
 
     def _pick(self, axes):
         return [self.factors[a] for a in axes]

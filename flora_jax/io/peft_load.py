@@ -11,8 +11,8 @@ import numpy as np
 
 from flora_jax.adapters import Replace
 from flora_jax.core import paths
-from flora_jax.core.bind import AdapterTree
 from flora_jax.core.errors import FormatError, StructureError, nearest
+from flora_jax.core.initialize import AdapterTree
 from flora_jax.core.plan import Plan, make_entry
 from flora_jax.core.spec import KernelSpec, infer
 from flora_jax.io.peft_config import HEADS, PREFIX, PeftConfig, read_config

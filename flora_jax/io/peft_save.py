@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from flora_jax.adapters import IA3, LoRA, Replace, VeRA
-from flora_jax.core.bind import AdapterTree
 from flora_jax.core.errors import FormatError, PlanError, StructureError
+from flora_jax.core.initialize import AdapterTree
 from flora_jax.core.plan import Entry, Plan, check_adapters
 from flora_jax.core.registry import name_of
 from flora_jax.io.files import write_json

@@ -107,7 +107,7 @@ def train(
 
 def _in_adapters(plan: Plan) -> int:
     """Trained numbers that are not those of a whole weight."""
-    return sum(entry.count for entry in plan if not isinstance(entry.adapter, Replace))
+    return sum(o.count for o in plan.owners if not isinstance(o.adapter, Replace))
 
 
 def _fit(setup: setups.Setup, folder: str) -> training.FitResult:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.core import bind as binding
+from flora_jax.core import initialize
 from flora_jax.core.errors import ConfigError
 from flora_jax.core.plan import Plan
 from flora_jax.training import distributed, sharding
@@ -118,7 +118,9 @@ def fit(
 
     def fresh() -> TrainState:
         key = jax.random.key(seed, impl=PRNG)
-        new = binding.init(plan, jax.random.fold_in(key, 0), base) if adapters is None else adapters
+        new = adapters
+        if new is None:
+            new = initialize.init(plan, jax.random.fold_in(key, 0), base)
         new = jax.tree.map(jnp.copy, new)  # the caller's arrays survive donation
         return create_state(plan, new, optimizer, jax.random.fold_in(key, 1))
 

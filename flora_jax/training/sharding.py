@@ -162,6 +162,8 @@ def adapter_spec(entry: Entry, name: str, shape: tuple[int, ...], spec: P) -> P:
     """
     kernel, n = entry.spec.unstacked(), len(entry.stack)
     stack, inner = tuple(spec)[:n], tuple(spec)[n:]
+    if entry.adapter.whole_stack:
+        stack, n = (), 0
     dims = entry.adapter.dim_names.get(name, ())
     if dims == ("kernel",):
         return P(*stack, *inner)
@@ -186,7 +188,11 @@ def adapter_spec(entry: Entry, name: str, shape: tuple[int, ...], spec: P) -> P:
 def adapter_shardings(adapters: Any, plan: Plan, specs: Mapping[str, P], mesh: Mesh) -> Any:
     """Shardings of ``{path: {name: array}}`` from the base weights' specs (:func:`base_specs`)."""
 
+    shared = {pool.path for pool in plan.pools}
+
     def one(path: str, name: str, array: Any) -> NamedSharding:
+        if path in shared:
+            return NamedSharding(mesh, P())
         spec = adapter_spec(plan[path], name, tuple(array.shape), specs[path])
         return _fitting(array.shape, tuple(spec), mesh)
 

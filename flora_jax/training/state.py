@@ -8,12 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.core import bind as binding
+from flora_jax.core.adapter import PRNG
+from flora_jax.core.initialize import combine, partition
 from flora_jax.core.leaf import is_leaf
 from flora_jax.core.plan import Plan
 from flora_jax.training import optim
-
-PRNG = binding.PRNG
 
 
 @jax.tree_util.register_dataclass
@@ -38,7 +37,7 @@ class TrainState:
     @property
     def adapters(self) -> Any:
         """``{path: {name: array}}`` with the frozen arrays."""
-        return binding.combine(self.train, self.frozen)
+        return combine(self.train, self.frozen)
 
 
 def create_state(plan: Plan, adapters: Any, optimizer: Any, rng: jax.Array | int = 0) -> TrainState:
@@ -52,7 +51,7 @@ def create_state(plan: Plan, adapters: Any, optimizer: Any, rng: jax.Array | int
       StructureError: adapters and plan differ.
       RuleError: an array belongs to no optimizer group.
     """
-    train, frozen = binding.partition(adapters, plan)
+    train, frozen = partition(adapters, plan)
     if isinstance(rng, int):
         rng = jax.random.key(rng, impl=PRNG)
     opt_state = jax.jit(optim.build(optimizer, train).init)(train)

@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from flora_jax.core import bind as binding
 from flora_jax.core import paths
+from flora_jax.core.bind import bind
 from flora_jax.core.errors import ConfigError
+from flora_jax.core.initialize import combine
 from flora_jax.core.plan import Plan
 from flora_jax.training import optim
 from flora_jax.training.losses import Loss
@@ -91,8 +92,8 @@ def make_step(
 
     def step(state: TrainState, base: Any, batch: Mapping[str, Any]):
         def objective(train, micro, key):
-            adapters = binding.combine(train, state.frozen)
-            bound = binding.bind(base, adapters, plan, rng=key, train=True)
+            adapters = combine(train, state.frozen)
+            bound = bind(base, adapters, plan, example=micro.get("example"), rng=key, train=True)
             total, weight, aux = loss(bound, micro, key, True)
             return total, (weight, aux)
 
@@ -141,7 +142,7 @@ def make_evaluator(loss: Loss, plan: Plan) -> Callable[..., dict[str, float]]:
 
     @jax.jit
     def sums(train, frozen, base, batch):
-        bound = binding.bind(base, binding.combine(train, frozen), plan)
+        bound = bind(base, combine(train, frozen), plan, example=batch.get("example"))
         total, weight, aux = loss(bound, batch, None, False)
         return weight, {"loss": total, **aux}
 

@@ -184,6 +184,39 @@ def test_two_named_adapters_add_their_changes(name):
     jax.tree.map(lambda a, b: close(a, b, 5e-5), merged, expected)
 
 
+ROW_KINDS = ("dense", "einsum-out", "conv", "embedding", "tied-head")
+
+
+@pytest.mark.parametrize(("name", "kind"), [p for p in PAIRS if p[1] in ROW_KINDS])
+def test_rows_choose_among_adapters(name, kind):
+    """bind(rows=...) == each row alone under its adapter: two of a method, a LoRA, the base."""
+    layer, adapter = LAYERS[kind], ADAPTERS[name][0]
+    params, x = harness.base_params(layer), layer.x()
+    x = jnp.concatenate([x, 0 * x, x])[:5] if kind != "embedding" else jnp.tile(x, (3, 1))[:5]
+    plan = make_plan(layer, adapter, params)
+    lora = make_plan(layer, flora.LoRA(rank=2), params)
+    fresh = flora.init(plan, jax.random.key(0), params)
+    one = perturbed(plan, fresh)
+    two = perturbed(plan, one)
+    three = perturbed(lora, flora.init(lora, jax.random.key(1), params))
+    plans = {"one": plan, "two": plan, "three": lora}
+    trees = {"one": one, "two": two, "three": three}
+
+    @jax.jit
+    def mixed(rows, x):
+        return run(layer, flora.bind(params, trees, plans, rows=rows), x)
+
+    for rows in ([0, 1, 2, -1, 1], [2, -1, -1, 0, 0]):
+        y = mixed(jnp.array(rows), x)
+        for n, row in enumerate(rows):
+            key = list(plans)[row] if row >= 0 else None
+            tree = params if key is None else flora.bind(params, trees[key], plans[key])
+            close(y[n : n + 1], run(layer, tree, x[n : n + 1]), 5e-5)
+    assert mixed._cache_size() == 1, "other rows must not recompile"
+    with pytest.raises(PlanError, match="one merged weight"):
+        flora.materialize(flora.bind(params, trees, plans, rows=jnp.zeros(5, int)))
+
+
 @pytest.mark.parametrize("name", [n for n, (a, _) in ADAPTERS.items() if hasattr(a, "dropout")])
 def test_dropout_touches_the_branch_only_while_training(name):
     layer = LAYERS["dense"]

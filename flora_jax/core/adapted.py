@@ -1,0 +1,254 @@
+"""Weights with adapters on them: one set for the whole batch, or one per row."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from flora_jax.core.adapter import PRNG, ActivationAdapter, Adapter, Context, Params
+from flora_jax.core.contraction import Contraction, over_batch
+from flora_jax.core.errors import PlanError
+from flora_jax.core.leaf import Weight, WeightLeaf, attend, contract
+from flora_jax.core.operators import Base, Inputs, LinearMap, Scale, Sum, delta, terms
+from flora_jax.core.registry import name_of
+from flora_jax.core.spec import KernelSpec
+from flora_jax.core.structured import Dropout
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """One adapter's arrays at one weight; keys are raw threefry data, which scan can slice.
+
+    Args:
+      pool: what the weights of its configuration share, repeated over the stack.
+      example: arrays ``[N, ...]`` generated from the features of N rows.
+      bias: the layer's bias, for adapters of the layer's output.
+    """
+
+    params: Params
+    dropout: jax.Array | None
+    basis: jax.Array | None
+    weight: jax.Array | None
+    pool: Params | None
+    example: Params | None
+    bias: jax.Array | None
+    adapter: Adapter = dataclasses.field(metadata={"static": True})
+
+    def context(self, base: Base) -> Context:
+        """What the operator may look at."""
+        wrap = lambda data: None if data is None else jax.random.wrap_key_data(data, impl=PRNG)
+        shape = tuple(base.weight.shape)
+        return Context(base, shape, wrap(self.dropout), wrap(self.basis), self.pool)
+
+    def expression(self, base: Base) -> LinearMap:
+        """The adapted weight as an expression."""
+        params = {**self.params, **(self.example or {})}
+        return self.adapter.operator(params, base.spec, self.context(base))
+
+    def activated(self, base: Base, how: Contraction, y: jax.Array) -> jax.Array:
+        """The layer's output ``y`` (without its bias, which is added later) after the adapter."""
+        before = out = how.enter_out(y)
+        if self.bias is not None:
+            *batch, _, n_out = base.spec.canonical_shape(tuple(base.weight.shape))
+            before = out + over_batch(self.bias.reshape(*batch, n_out), out)
+        after = self.adapter.activate(self.params, before, base.spec, self.context(base))
+        change = (after - before).astype(out.dtype)
+        if self.weight is not None:
+            change = change * self.weight.astype(out.dtype)
+        return y + how.leave(change)
+
+
+class _Planned(WeightLeaf):
+    """What the two leaves below share: a base and the layout it was planned with."""
+
+    base: Weight
+    spec: KernelSpec
+
+    @property
+    def shape(self):
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    def _check(self, how: Contraction) -> None:
+        ours, theirs = self.spec, how.spec
+        same = (ours.batch_axes, ours.in_axes, ours.out_axes, ours.groups)
+        if same != (theirs.batch_axes, theirs.in_axes, theirs.out_axes, theirs.groups):
+            raise PlanError(
+                f"a weight of shape {self.shape} was planned as {ours} and is used as {theirs}; "
+                "pass specs= to flora.plan"
+            )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Adapted(_Planned):
+    """Base weight and the adapters on it; a pytree whose first leaf is the base."""
+
+    base: Weight
+    bound: tuple[Bound, ...]
+    spec: KernelSpec = dataclasses.field(metadata={"static": True})
+
+    def operator(self) -> LinearMap:
+        """The expression of the (unstacked) adapted weight."""
+        base = Base(self.base, self.spec)
+        if len(self.bound) == 1 and self.bound[0].weight is None:
+            return self.bound[0].expression(base)
+        parts: list[LinearMap] = [base]
+        for bound in self.bound:
+            change = delta(bound.expression(base), base)
+            parts.append(change if bound.weight is None else Scale(bound.weight, change))
+        return Sum(*parts)
+
+    def contract(self, how: Contraction, x: Any) -> jax.Array:
+        self._check(how)
+        if any(bound.example for bound in self.bound):
+            return self._by_rows(x, lambda leaf, row: leaf.contract(how, row))
+        y = how.leave(self.operator().apply(Inputs(how, x)))
+        for bound in self.bound:
+            if isinstance(bound.adapter, ActivationAdapter):
+                y = bound.activated(Base(self.base, self.spec), how, y)
+        return y
+
+    def attend(self, x, precision=None):
+        if any(bound.example for bound in self.bound):
+            return self._by_rows(x, lambda leaf, row: leaf.attend(row))
+        return self.operator().T.then(x)
+
+    def _by_rows(self, x: jax.Array, run: Callable[[Adapted, jax.Array], jax.Array]) -> jax.Array:
+        """``run`` on each row with the arrays that were generated for it."""
+        examples = [bound.example for bound in self.bound]
+        _check_rows(self.spec, len(jax.tree.leaves(examples)[0]), x)
+
+        def one(examples, x):
+            bound = tuple(
+                b if e is None else dataclasses.replace(b, params={**b.params, **e}, example=None)
+                for b, e in zip(self.bound, examples)
+            )
+            return run(dataclasses.replace(self, bound=bound), x[None])[0]
+
+        return jax.vmap(one)(examples, x)
+
+    def dense(self, dtype=None):
+        for bound in self.bound:
+            if isinstance(bound.adapter, ActivationAdapter):
+                raise PlanError(f"{name_of(bound.adapter)} acts on the output: it does not merge")
+            if bound.example is not None:
+                raise PlanError(f"{name_of(bound.adapter)} gives each row a weight of its own")
+        matrix = self.operator().dense()
+        return self.spec.restore(matrix, self.shape).astype(dtype or self.dtype)
+
+
+def _check_rows(spec: KernelSpec, count: int, x: jax.Array) -> None:
+    if spec.batched and spec.kind == "einsum":
+        raise PlanError("rows cannot have adapters of their own on a kernel with batch axes")
+    if x.ndim == 0 or x.shape[0] != count:
+        raise PlanError(f"adapters for {count} rows, a layer's input has shape {x.shape}")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Hole(LinearMap):
+    """Stands for the base in an expression that is vmapped, so that it is not repeated."""
+
+    transposed: bool = dataclasses.field(metadata={"static": True})
+
+
+def _replace_maps(expression: Any, kind: type, f: Callable[[Any], Any]) -> Any:
+    hit = lambda node: isinstance(node, kind)
+    return jax.tree.map(lambda node: f(node) if hit(node) else node, expression, is_leaf=hit)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """K adapters of one configuration and the rows that use them.
+
+    Args:
+      bound: arrays with a leading axis K.
+      shift: what they add to the layer's bias, ``[K, *out]``, or None.
+      pick: which of the K a row uses, ``[N]``.
+      on: whether it uses any, ``[N]``.
+    """
+
+    bound: Bound
+    shift: jax.Array | None
+    pick: jax.Array
+    on: jax.Array
+
+    def change(
+        self,
+        base: Base,
+        x: jax.Array,
+        y: jax.Array,
+        run: Callable[[LinearMap, jax.Array], jax.Array],
+        how: Contraction | None,
+    ) -> jax.Array:
+        """What the rows' adapters add to the base output ``y``.
+
+        Expressions are built once per adapter, then gathered: a DoRA's norm or a NOLA's bases are
+        found K times, not N times.
+        """
+        additive = []
+
+        def build(bound: Bound) -> LinearMap:
+            expression = bound.expression(base)
+            additive.append(any(term is base for term in terms(expression)))
+            change = delta(expression, base) if additive[-1] else expression
+            return _replace_maps(change, Base, lambda b: _Hole(b.transposed))
+
+        acts = isinstance(self.bound.adapter, ActivationAdapter)
+        maps = self.bound if acts else jax.vmap(build)(self.bound)
+        take = lambda tree: jax.tree.map(lambda a: a[self.pick], tree)
+
+        def row(n, map_, shift, x, y):
+            if acts:
+                return map_.activated(base, how, y[None])[0] - y
+            fill = lambda hole: dataclasses.replace(base, transposed=hole.transposed)
+            awake = lambda d: dataclasses.replace(d, key=jax.random.fold_in(d.key, n))
+            map_ = _replace_maps(_replace_maps(map_, _Hole, fill), Dropout, awake)
+            z = run(map_, x[None])[0]
+            z = z if additive[-1] else z - y
+            if shift is None:
+                return z
+            inner = shift.reshape((1,) * (z.ndim - shift.ndim) + shift.shape)
+            return z + inner.astype(z.dtype)
+
+        count = jnp.arange(x.shape[0])
+        z = jax.vmap(row)(count, take(maps), take(self.shift), x, y)
+        on = self.on.reshape(-1, *(1,) * (z.ndim - 1))
+        return jnp.where(on, z, jnp.zeros_like(z))
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mixed(_Planned):
+    """Base weight and, for each row of the batch, an adapter of its own (or none)."""
+
+    base: Weight
+    groups: tuple[Group, ...]
+    spec: KernelSpec = dataclasses.field(metadata={"static": True})
+
+    def contract(self, how: Contraction, x: Any) -> jax.Array:
+        self._check(how)
+        run = lambda map_, row: how.leave(map_.apply(Inputs(how, row)))
+        return self._sum(x, contract(how, x, self.base), run, how)
+
+    def attend(self, x, precision=None):
+        run = lambda map_, row: map_.T.then(row)
+        return self._sum(x, attend(x, self.base, precision), run, None)
+
+    def _sum(self, x, y, run, how):
+        _check_rows(self.spec, len(self.groups[0].pick), x)
+        base = Base(self.base, self.spec)
+        return y + sum(group.change(base, x, y, run, how) for group in self.groups)
+
+    def dense(self, dtype=None):
+        raise PlanError("rows have adapters of their own: there is no one merged weight")
