@@ -1,7 +1,7 @@
-"""One LoRA training step against transformers + HF PEFT, same shapes, same machine, same run.
+"""One training step against transformers + HF PEFT, same shapes, same machine, same run.
 
-SmolLM2-135M shapes with random float32 weights, LoRA on q and v. The two sides run in processes
-of their own and take turns, so that a busy machine slows both; figures are medians.
+SmolLM2-135M shapes with random float32 weights, an adapter on q and v. The two sides run in
+processes of their own and take turns, so that a busy machine slows both; figures are medians.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
-from flora_jax.core.errors import ConfigError
-from flora_jax.launch.peers import flops_per_step
+from flora_jax.core.errors import ConfigError, unknown
+from flora_jax.launch.peers import METHODS, flops_per_step
 
-EXAMPLE = "flora bench peft --batch 4 --length 128 --rounds 5"
+EXAMPLE = "flora bench peft --methods lora,dora,oft,miss,vera,loha --settings fast --rounds 3"
 NEEDED = ("torch", "transformers", "peft")
 # name -> (remat, positions per chunk of the vocabulary loss)
 SETTINGS = {"fast": ("dots", None), "lean": ("dots_no_batch", 64), "small": ("full", 32)}
@@ -30,7 +30,10 @@ SETTINGS = {"fast": ("dots", None), "lean": ("dots_no_batch", 64), "small": ("fu
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int, default=4, help="rows (default 4)")
     parser.add_argument("--length", type=int, default=128, help="tokens a row (default 128)")
-    parser.add_argument("--rank", type=int, default=8, help="of LoRA (default 8)")
+    parser.add_argument(
+        "--methods", default="lora", help=f"of {', '.join(METHODS)} (default lora), comma-separated"
+    )
+    parser.add_argument("--rank", type=int, default=8, help="of LoRA, DoRA, LoHa (default 8)")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side (default 5)")
     parser.add_argument("--steps", type=int, default=2, help="steps a turn (default 2)")
     parser.add_argument(
@@ -73,13 +76,14 @@ class Worker:
 
 
 @contextlib.contextmanager
-def workers(options: argparse.Namespace, cache: str) -> Iterator[dict[str, Worker]]:
-    """Every side, started one after another."""
-    common = {"batch": options.batch, "length": options.length, "rank": options.rank}
+def workers(options: argparse.Namespace, method: str, cache: str) -> Iterator[dict[str, Worker]]:
+    """Every side of one method, started one after another."""
+    common = {name: getattr(options, name) for name in ("batch", "length", "rank")}
+    common["method"] = method
     wanted = {"peft": ("torch", {**common, "remat": "none"})}
     for name in options.settings.split(","):
         if name not in SETTINGS:
-            raise ConfigError(f"unknown setting {name!r}; there are {', '.join(SETTINGS)}")
+            raise ConfigError(unknown("setting", name, SETTINGS))
         remat, chunk = SETTINGS[name]
         settings = {**common, "remat": remat, "chunk": chunk, "cache": f"{cache}/{name}"}
         wanted[f"flora {name}"] = ("jax", settings)
@@ -91,10 +95,14 @@ def workers(options: argparse.Namespace, cache: str) -> Iterator[dict[str, Worke
         yield started
 
 
-def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Medians per side; ``cached_first_step_seconds`` from a second start of this package."""
+def measure(options: argparse.Namespace, method: str) -> dict[str, dict[str, float]]:
+    """Medians per side of one method.
+
+    ``cached_first_step_seconds`` comes from a second start of each side, with our compiled
+    programs kept from the first.
+    """
     with tempfile.TemporaryDirectory() as cache:
-        with workers(options, cache) as sides:
+        with workers(options, method, cache) as sides:
             seconds: dict[str, list[float]] = {name: [] for name in sides}
             rates: dict[str, list[float]] = {name: [] for name in sides}
             peak: dict[str, int] = {}
@@ -105,7 +113,7 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
                     seconds[name] += answer["seconds"]
                     peak[name] = answer["peak_bytes"]
             first = {name: worker.ready["first_step_seconds"] for name, worker in sides.items()}
-        with workers(options, cache) as again:
+        with workers(options, method, cache) as again:
             cached = {name: worker.ready["first_step_seconds"] for name, worker in again.items()}
     work = flops_per_step(options.batch, options.length)
     # Both libraries' products on this machine in this run: the better one is the yardstick.
@@ -124,14 +132,22 @@ def measure(options: argparse.Namespace) -> dict[str, dict[str, float]]:
     }
 
 
-def table(figures: dict[str, dict[str, float]]) -> str:
-    """Markdown, one row a side, ratios against PEFT."""
-    head = ["side", "s/step", "tokens/s", "x PEFT", "peak GB", "x PEFT", "first step s"]
-    rows = [[*head, "with cache s", "matmul rate"], ["---"] * 9]
+def table(methods: dict[str, dict[str, dict[str, float]]]) -> str:
+    """Markdown, one row a method and side, ratios against PEFT."""
+    head = ["method", "side", "s/step", "tokens/s", "x PEFT", "peak GB", "x PEFT", "first step s"]
+    rows = [[*head, "with cache s", "matmul rate"], ["---"] * 10]
+    for method, figures in methods.items():
+        rows += _rows(method, figures)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _rows(method: str, figures: dict[str, dict[str, float]]) -> list[list[str]]:
+    rows = []
     peft = figures["peft"]
     for name, f in figures.items():
         rows.append(
             [
+                method,
                 name,
                 f"{f['seconds_per_step']:.3f}",
                 f"{f['tokens_per_second']:.0f}",
@@ -143,13 +159,17 @@ def table(figures: dict[str, dict[str, float]]) -> str:
                 f"{100 * f['share_of_matmul_rate']:.0f} %",
             ]
         )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return rows
 
 
 def run(options: argparse.Namespace) -> int:
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if missing:
         raise ConfigError(f"needs {', '.join(missing)}: pip install 'flora_jax[interop]'")
-    figures = measure(options)
+    names = options.methods.split(",")
+    for name in names:
+        if name not in METHODS:
+            raise ConfigError(unknown("method", name, METHODS))
+    figures = {name: measure(options, name) for name in names}
     print(json.dumps(figures, indent=1) if options.json else table(figures))
     return 0

@@ -25,6 +25,27 @@ SMOLLM2 = {
 }
 TARGETS = ("q_proj", "v_proj")
 RATE = 1e-3
+# One configuration a method, PEFT's defaults but for the rank of LoRA, DoRA and LoHa: ours, then
+# PEFT's class and arguments. ``rank`` stands for the benchmark's own.
+METHODS: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
+    "lora": ("LoRA", {"rank": "rank", "alpha": "rank"}, "LoraConfig", {"r": "rank"}),
+    "dora": (
+        "DoRA",
+        {"rank": "rank", "alpha": "rank"},
+        "LoraConfig",
+        {"r": "rank", "use_dora": True},
+    ),
+    "oft": ("OFT", {"block_size": 32}, "OFTConfig", {"oft_block_size": 32}),
+    "miss": ("MiSS", {"rank": 64}, "MissConfig", {"r": 64}),
+    "vera": ("VeRA", {"rank": 256}, "VeraConfig", {"r": 256}),
+    "loha": ("LoHa", {"rank": "rank", "alpha": "rank"}, "LoHaConfig", {"r": "rank"}),
+}
+ALPHA = {"LoraConfig": "lora_alpha", "LoHaConfig": "alpha"}
+
+
+def configured(arguments: Mapping[str, Any], rank: int) -> dict[str, Any]:
+    """A method's arguments with the benchmark's rank filled in."""
+    return {key: rank if value == "rank" else value for key, value in arguments.items()}
 
 
 def flops_per_step(batch: int, length: int, shape: Mapping[str, Any] = SMOLLM2) -> float:
@@ -72,7 +93,8 @@ def jax_side(settings: Mapping[str, Any]) -> tuple[Callable[[], None], Callable[
     draw = lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32))
     base = jax.tree.map(draw, registry.abstract(model))
     names = "|".join(TARGETS)
-    adapter = flora.LoRA(rank=settings["rank"], alpha=settings["rank"])
+    name, arguments, _, _ = METHODS[settings["method"]]
+    adapter = getattr(flora, name)(**configured(arguments, settings["rank"]))
     plan = flora.plan(base, {f"layers/self_attn/({names})/kernel": adapter})
     optimizer = training.AdamW(learning_rate=RATE)
     adapters = flora.init(plan, jax.random.key(1), base)
@@ -99,8 +121,8 @@ def jax_side(settings: Mapping[str, Any]) -> tuple[Callable[[], None], Callable[
 
 def torch_side(settings: Mapping[str, Any]) -> tuple[Callable[[], None], Callable[[], float]]:
     """``(one step, matmul flop/s)`` of transformers + HF PEFT on torch's CPU."""
+    import peft
     import torch
-    from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -109,9 +131,12 @@ def torch_side(settings: Mapping[str, Any]) -> tuple[Callable[[], None], Callabl
     if settings["remat"] == "full":
         model.gradient_checkpointing_enable()
         model.enable_input_require_grads()
-    rank = settings["rank"]
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS))
-    model = get_peft_model(model, config)
+    _, _, name, arguments = METHODS[settings["method"]]
+    options = configured(arguments, settings["rank"])
+    if name in ALPHA:
+        options[ALPHA[name]] = settings["rank"]
+    config = getattr(peft, name)(target_modules=list(TARGETS), **options)
+    model = peft.get_peft_model(model, config)
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
