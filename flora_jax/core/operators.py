@@ -8,6 +8,8 @@ Three ways to use a map:
   ``apply(inputs)``  first in a layer: contracts the layer's input (tokens, image, ids);
   ``then(y)``        after that: acts on canonical activations ``[..., n]``, any kind of layer;
   ``dense()``        the matrix; only :func:`flora_jax.materialize` and tests form it.
+What is known of its rank: ``factors()`` of the map, ``identity_factors()`` of its distance from
+``I``; ``core/change.py`` finds those of an adapted weight's change from them.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import jax.numpy as jnp
 from flora_jax.core.contraction import Contraction, mm
 from flora_jax.core.errors import LazyError
 from flora_jax.core.leaf import Weight, attend, contract, dense
+from flora_jax.core.lowrank import Factors, around, plus, side_by_side, transpose
 from flora_jax.core.spec import KernelSpec
 
 Class = TypeVar("Class", bound=type)
@@ -63,8 +66,8 @@ class Inputs:
 class LinearMap:
     """Base class of all maps; see the module docstring.
 
-    ``on_inputs``: as a leading stage it maps the layer's input channels, and the next stage is the
-    one that contracts them.
+    ``on_inputs``: as a leading stage it maps the layer's input channels (:meth:`channels`), and the
+    next stage is the one that contracts them.
     """
 
     on_inputs = False
@@ -81,8 +84,23 @@ class LinearMap:
     def then(self, y: jax.Array) -> jax.Array:
         raise NotImplementedError
 
+    def channels(self, y: jax.Array) -> jax.Array:
+        """What an ``on_inputs`` map does to the channels of a layer's input."""
+        return self.then(y)
+
     def dense(self) -> jax.Array:
         raise NotImplementedError
+
+    def factors(self) -> Factors | None:
+        """``a [.., in, r], b [.., r, out]`` with ``M = a b`` exactly; None if M is not low-rank.
+
+        Found from the map's own parts, never from the matrix; r may exceed min(in, out).
+        """
+        return None
+
+    def identity_factors(self) -> Factors | None:
+        """``a, b`` with ``M = I + a b`` exactly; None if ``M - I`` is not known to be low-rank."""
+        return None
 
     @property
     def T(self) -> LinearMap:
@@ -112,11 +130,6 @@ def terms(m: LinearMap) -> tuple[LinearMap, ...]:
 
 def _stages(m: LinearMap) -> tuple[LinearMap, ...]:
     return m.stages if isinstance(m, Compose) else (m,)
-
-
-def transpose(m: jax.Array) -> jax.Array:
-    """``[..., in, out] -> [..., out, in]``."""
-    return jnp.swapaxes(m, -1, -2)
 
 
 @operator
@@ -160,6 +173,9 @@ class Identity(LinearMap):
 
     def dense(self):
         return jnp.eye(self.n)
+
+    def identity_factors(self):
+        return jnp.zeros((self.n, 0)), jnp.zeros((0, self.n))
 
     @property
     def T(self):
@@ -208,6 +224,9 @@ class LowRank(LinearMap):
     def dense(self):
         return jnp.matmul(self.a, self.b)
 
+    def factors(self):
+        return self.a, self.b
+
     @property
     def T(self):
         return LowRank(transpose(self.b), transpose(self.a))
@@ -234,6 +253,10 @@ class Scale(LinearMap):
 
     def dense(self):
         return self._times(self.inner.dense())
+
+    def factors(self):
+        found = self.inner.factors()
+        return None if found is None else (self._times(found[0]), found[1])
 
     @property
     def T(self):
@@ -266,6 +289,17 @@ class Sum(LinearMap):
     def dense(self):
         return sum(term.dense() for term in self.terms)
 
+    def factors(self):
+        return side_by_side([term.factors() for term in self.terms])
+
+    def identity_factors(self):
+        for n, term in enumerate(self.terms):
+            own = term.identity_factors()
+            if own is not None:
+                rest = [other.factors() for other in (*self.terms[:n], *self.terms[n + 1 :])]
+                return side_by_side([own, *rest])
+        return None
+
     @property
     def T(self):
         return Sum(*(term.T for term in self.terms))
@@ -291,7 +325,7 @@ class Compose(LinearMap):
     def apply(self, inputs):
         stages = list(self.stages)
         while len(stages) > 1 and stages[0].on_inputs:
-            inputs = inputs.map(stages.pop(0).then)
+            inputs = inputs.map(stages.pop(0).channels)
         y = stages[0].apply(inputs)
         for stage in stages[1:]:
             y = stage.then(y)
@@ -307,6 +341,32 @@ class Compose(LinearMap):
         for stage in self.stages[1:]:
             matrix = jnp.matmul(matrix, stage.dense())
         return matrix
+
+    def factors(self):
+        """The lowest-rank stage's with the others applied; else the product cut at its waist."""
+        stages = self.stages
+        found = [(n, stage.factors()) for n, stage in enumerate(stages)]
+        known = [(n, pair) for n, pair in found if pair is not None]
+        if known:
+            n, pair = min(known, key=lambda item: item[1][0].shape[-1])
+            return around(stages[:n], pair, stages[n + 1 :])
+        shapes = [jax.eval_shape(stage.dense).shape for stage in stages]
+        width, n = min((shape[-1], n) for n, shape in enumerate(shapes))
+        if width >= min(shapes[0][-2], shapes[-1][-1]):
+            return None
+        batch = max((shape[:-2] for shape in shapes), key=len)
+        eye = jnp.broadcast_to(jnp.eye(width), (*batch, width, width))
+        return around(stages[: n + 1], (eye, eye), stages[n + 1 :])
+
+    def identity_factors(self):
+        """``(I + a1 b1)(I + a2 b2) = I + a1 b1 + a2 b2 + a1 b1 a2 b2``."""
+        total = None
+        for stage in self.stages:
+            own = stage.identity_factors()
+            if own is None:
+                return None
+            total = own if total is None else side_by_side([total, (plus(total, own[0]), own[1])])
+        return total
 
     @property
     def T(self):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from flora_jax.core.contraction import over_batch
 from flora_jax.core.errors import LazyError
-from flora_jax.core.operators import Compose, LinearMap, operator, static, transpose
+from flora_jax.core.lowrank import transpose
+from flora_jax.core.operators import Compose, LinearMap, operator, static
 
 
 @operator
@@ -136,14 +137,25 @@ class Channelwise(LinearMap):
     def apply(self, inputs):
         raise LazyError("Channelwise acts on a layer's input; compose it with a kernel map")
 
-    def then(self, y):
+    def channels(self, y):
         return self.inner.then(y)
 
+    def then(self, y):
+        z = self.inner.then(y.reshape(*y.shape[:-1], self.window, y.shape[-1] // self.window))
+        return z.reshape(*y.shape[:-1], self.window * z.shape[-1])
+
+    def _at_every_place(self, matrix):
+        eye = jnp.eye(self.window, dtype=matrix.dtype)
+        batch, (n, m) = matrix.shape[:-2], matrix.shape[-2:]
+        wide = jnp.einsum("vw,...nm->...vnwm", eye, matrix)
+        return wide.reshape(*batch, self.window * n, self.window * m)
+
     def dense(self):
-        matrix = self.inner.dense()
-        if self.window == 1:
-            return matrix
-        return jnp.kron(jnp.eye(self.window, dtype=matrix.dtype), matrix)
+        return self._at_every_place(self.inner.dense())
+
+    def identity_factors(self):
+        found = self.inner.identity_factors()
+        return None if found is None else tuple(map(self._at_every_place, found))
 
     @property
     def T(self):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 
 from flora_jax.core.contraction import Conv, Lookup, mm
+from flora_jax.core.lowrank import transpose
 from flora_jax.core.operators import LinearMap, operator, static
 from flora_jax.core.spec import KernelSpec
 
@@ -32,6 +34,12 @@ def _modes(x: jax.Array, factors: list[jax.Array], *, into_core: bool) -> jax.Ar
     return x
 
 
+def _joined(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both with the batch axes that either has."""
+    batch = max(a.shape[:-2], b.shape[:-2], key=len)
+    return tuple(jnp.broadcast_to(m, (*batch, *m.shape[-2:])) for m in (a, b))
+
+
 @operator
 class Tucker(LinearMap):
     """``M`` = the canonical form of ``core x_1 A_1 ... x_N A_N`` over the axes of the kernel.
@@ -41,18 +49,18 @@ class Tucker(LinearMap):
 
     Args:
       core: ``[J_1 ... J_N]``, axes in the order in which the kernel is stored.
-      factors: ``A_n [I_n, J_n]``, one per axis.
+      modes: ``A_n [I_n, J_n]``, one per axis.
       spec: which axes are batch, input and output.
       transposed: the map from outputs to inputs.
     """
 
     core: jax.Array
-    factors: tuple[jax.Array, ...]
+    modes: tuple[jax.Array, ...]
     spec: KernelSpec = static()
     transposed: bool = static(default=False)
 
     def _pick(self, axes):
-        return [self.factors[a] for a in axes]
+        return [self.modes[a] for a in axes]
 
     def _middle(self) -> jax.Array:
         """The core as ``[in, out]`` (``[B, in, out]`` with the batch factors applied)."""
@@ -83,7 +91,7 @@ class Tucker(LinearMap):
         if isinstance(inputs.how, Conv):
             return self._convolve(inputs.how, inputs.z)
         if isinstance(inputs.how, Lookup):
-            z = inputs.how.contract(inputs.z, self.factors[0])
+            z = inputs.how.contract(inputs.z, self.modes[0])
             return self._out(mm(z, self._middle()))
         return self.then(inputs.z)
 
@@ -95,7 +103,7 @@ class Tucker(LinearMap):
 
     def _convolve(self, how: Conv, x: jax.Array) -> jax.Array:
         """1x1 into the core's channels, the small window, 1x1 out; per group when grouped."""
-        *window, channels, out = self.factors
+        *window, channels, out = self.modes
         groups = how.groups
         x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
         x = self._flat(mm(x, channels), 2)
@@ -110,15 +118,29 @@ class Tucker(LinearMap):
 
     def kernel(self) -> jax.Array:
         """The dense kernel in its stored layout."""
-        return expand(self.core, list(self.factors))
+        return expand(self.core, list(self.modes))
 
     def dense(self):
         matrix = self.spec.canonical(self.kernel())
         return jnp.swapaxes(matrix, -1, -2) if self.transposed else matrix
+
+    def factors(self):
+        """The chain cut at the core's smaller side; a convolution's window counts as input."""
+        into, out = (functools.reduce(jnp.kron, ends, jnp.ones((1, 1))) for ends in self._ends())
+        middle = self._middle()
+        out = transpose(out)
+        groups = self.spec.groups
+        if groups > 1 and self.transposed:
+            into = into.reshape(groups, into.shape[0] // groups, into.shape[1])
+        elif groups > 1:
+            out = jnp.moveaxis(out.reshape(out.shape[0], groups, -1), 1, 0)
+        if middle.shape[-2] < middle.shape[-1]:
+            return _joined(into, jnp.matmul(middle, out))
+        return _joined(jnp.matmul(into, middle), out)
 
     @property
     def T(self):
         return dataclasses.replace(self, transposed=not self.transposed)
 
     def flops(self):
-        return 2 * (sum(factor.size for factor in self.factors) + self.core.size)
+        return 2 * (sum(factor.size for factor in self.modes) + self.core.size)

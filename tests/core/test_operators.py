@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from flora_jax.core.change import delta_factors
 from flora_jax.core.contraction import Conv, Dot
 from flora_jax.core.errors import LazyError
 from flora_jax.core.operators import Base, Compose, Identity, Inputs, LowRank, Matrix, Sum, delta
@@ -46,6 +47,65 @@ def test_lazy_transpose_and_cost_agree_with_the_matrix(name):
     np.testing.assert_allclose(m.T.then(y), y @ matrix.T, atol=1e-4)
     np.testing.assert_allclose(m.T.T.dense(), matrix, atol=1e-5)
     assert 0 <= m.flops() <= 4 * 2 * 12 * 12 * 3
+
+
+LOW = {
+    "low-rank": (lambda: LowRank(r(12, 3), r(3, 8)), 3),
+    "scaled": (lambda: 2.0 * LowRank(r(12, 3), r(3, 8)), 3),
+    "sum": (lambda: LowRank(r(12, 3), r(3, 8)) - LowRank(r(12, 2), r(2, 8)), 5),
+    "around": (lambda: Diag(r(12)) @ LowRank(r(12, 3), r(3, 8)) @ BlockDiag(r(2, 4, 4)), 3),
+    "lowest": (lambda: LowRank(r(12, 3), r(3, 9)) @ LowRank(r(9, 2), r(2, 8)), 2),
+    "waist": (lambda: Diag(r(12)) @ Matrix(r(12, 3)) @ Matrix(r(3, 3)) @ Matrix(r(3, 8)), 3),
+    "batched": (lambda: Matrix(r(2, 12, 3)) @ Matrix(r(3, 8)), 3),
+    "tucker": (lambda: Tucker(r(2, 3), (r(12, 2), r(8, 3)), SPEC), 2),
+    "tucker-out": (lambda: Tucker(r(3, 2), (r(12, 3), r(8, 2)), SPEC).T, 2),
+    "tucker-conv": (
+        lambda: Tucker(
+            r(2, 1, 2, 3), (r(3, 2), r(3, 1), r(4, 2), r(8, 3)), KernelSpec.conv(2, groups=2)
+        ),
+        3,
+    ),
+    "tucker-batch": (
+        lambda: Tucker(r(2, 2, 2), (r(3, 2), r(12, 2), r(8, 2)), KernelSpec.einsum("EBD,EDF->EBF")),
+        2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOW)
+def test_factors_are_exact(name):
+    m, rank = LOW[name][0](), LOW[name][1]
+    a, b = m.factors()
+    assert a.shape[-1] == b.shape[-2] == rank
+    np.testing.assert_allclose(a @ b, m.dense(), atol=1e-4)
+    assert a.shape[:-2] == b.shape[:-2] == m.dense().shape[:-2]
+    ta, tb = m.T.factors()
+    np.testing.assert_allclose(ta @ tb, np.swapaxes(m.dense(), -1, -2), atol=1e-4)
+
+
+def test_full_rank_maps_have_no_factors():
+    assert all(MAPS[name]().factors() is None for name in ("base", "matrix", "diag", "compose"))
+    assert (Base(r(12, 8), SPEC) + LowRank(r(12, 3), r(3, 8))).factors() is None
+
+
+def test_factors_of_a_change():
+    """A sum with the base, and the base between maps that are the identity and something low."""
+    base, conv = Base(r(12, 8), SPEC), Base(r(3, 3, 4, 8), KernelSpec.conv(2))
+    near = lambda n, seed: Identity(n) + LowRank(r(n, 2, seed=seed), r(2, n, seed=seed))
+    low = LowRank(r(12, 3), r(3, 8))
+    cases = [
+        (base + low, base, 3),
+        (near(12, 0) @ base, base, 2),
+        (base @ near(8, 0) @ near(8, 1), base, 4),
+        (near(12, 1) @ (base + low) @ near(8, 2) + 0.5 * low, base, 10),
+        (Channelwise(near(4, 3), 9) @ conv, conv, 18),
+    ]
+    for expression, of, rank in cases:
+        a, b = delta_factors(expression, of)
+        assert a.shape[-1] == rank
+        np.testing.assert_allclose(a @ b, expression.dense() - of.dense(), atol=3e-4)
+    for expression in (base @ Diag(r(8)), 2.0 * base + low, low, base + Matrix(r(12, 8))):
+        assert delta_factors(expression, base) is None
 
 
 def test_low_rank_costs_less_than_dense():
