@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,29 +20,49 @@ PREFIX = "base_model.model."
 HEADS = ("lm_head", "score", "classifier")
 """Output layers that ``all-linear`` leaves alone."""
 
-_COMMON = """
-peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
-target_modules exclude_modules layers_to_transform layers_pattern modules_to_save bias
-fan_in_fan_out
-"""
-_LORA = """
-r lora_alpha lora_dropout use_rslora use_dora lora_bias rank_pattern alpha_pattern
-init_lora_weights ensure_weight_tying
-"""
-# They steer initialisation, training or a parallel launch; the saved tensors say the rest.
-_LORA_INERT = """
-loftq_config eva_config corda_config lora_ga_config qalora_group_size megatron_core runtime_config
-"""
-_VERA = "r vera_dropout d_initial projection_prng_key save_projection init_weights"
-KNOWN = {
-    "LORA": frozenset((_COMMON + _LORA + _LORA_INERT).split()),
-    "VERA": frozenset((_COMMON + _VERA).split()),
-    "IA3": frozenset((_COMMON + "feedforward_modules init_ia3_weights").split()),
-}
+
+def keys(text: str) -> frozenset[str]:
+    """The words of a text: a set of configuration keys."""
+    return frozenset(text.split())
+
+
+COMMON = keys(
+    """
+    peft_type task_type auto_mapping peft_version base_model_name_or_path revision inference_mode
+    target_modules exclude_modules layers_to_transform layers_pattern modules_to_save bias
+    """
+)
 # Initialisations that leave the base weight alone; the adapter is then plain LoRA.
 PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # Initialisations that edit the base weight in a way that can be computed again.
 REBASED_INITS = ("pissa", "olora")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PeftType:
+    """One ``peft_type``: its configuration, its layers, how its tensors are read and written.
+
+    Args:
+      name: the word in ``adapter_config.json``.
+      keys: configuration keys that are read, or do not matter, beside the common ones.
+      kinds: kernel kinds that have a layer.
+      conv1d: whether GPT-2's Conv1D, whose weight is ``[in, out]``, has a layer.
+      adapters: our classes that are written as this type; none when it is only read.
+      read: ``read(config, source)`` gives an object whose ``read(site)`` is ``(adapter, arrays)``.
+      write: ``write(rows, model)`` fills the rows' ``file`` and gives ``(further tensors, keys)``.
+      check: raises FormatError for a configuration without counterpart here.
+      tie: ``tie(tensors, original, copy)`` gives the tensors of a head tied to its table.
+    """
+
+    name: str
+    keys: frozenset[str]
+    kinds: tuple[str, ...]
+    read: Callable[..., Any]
+    write: Callable[..., tuple[dict[str, Any], dict[str, Any]]] | None = None
+    adapters: tuple[type, ...] = ()
+    conv1d: bool = False
+    check: Callable[[PeftConfig], None] = lambda config: None
+    tie: Callable[..., dict[str, Any]] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +82,7 @@ class PeftConfig:
 
     @property
     def method(self) -> str:
-        """``LORA``, ``VERA`` or ``IA3``."""
+        """The ``peft_type``: ``LORA``, ``VERA``, ``IA3`` ..."""
         return self.values["peft_type"]
 
     def number(self, key: str, default: float) -> Any:
@@ -72,7 +92,7 @@ class PeftConfig:
           FormatError: it is something else.
         """
         value = self.values.get(key, default)
-        if not _is_number(value):
+        if not is_number(value):
             raise FormatError(f"{self.where}: {key}={value!r} is not a number")
         if key == "r" and int(value) != value:
             raise FormatError(f"{self.where}: r={value!r} is not a whole number")
@@ -139,7 +159,7 @@ class PeftConfig:
         return any(name.endswith(end) for end in which)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -155,7 +175,7 @@ def _match(regex: str, name: str, where: str) -> re.Match[str] | None:
         raise FormatError(f"{where}: {regex!r} is not a regular expression: {error}") from None
 
 
-def read_config(folder: str | Path) -> PeftConfig:
+def read_config(folder: str | Path, types: Mapping[str, PeftType]) -> PeftConfig:
     """``adapter_config.json`` of a folder, checked.
 
     Raises:
@@ -165,16 +185,16 @@ def read_config(folder: str | Path) -> PeftConfig:
     path = Path(folder) / CONFIG
     values = read_json(path)
     method = values.get("peft_type")
-    if method not in KNOWN:
-        raise FormatError(f"{path}: {unknown('peft_type', str(method), KNOWN)}")
+    if method not in types:
+        raise FormatError(f"{path}: {unknown('peft_type', str(method), types)}")
+    known = COMMON | types[method].keys
     for key, value in values.items():
-        if key not in KNOWN[method] and value:
-            near = nearest(key, KNOWN[method])[0]
+        if key not in known and value:
+            near = nearest(key, known)[0]
             raise FormatError(f"{path}: {key}={value!r} is not supported; nearest known: {near}")
     config = PeftConfig(str(path), values)
     _check_targets(config)
-    if method == "LORA":
-        _check_lora(config)
+    types[method].check(config)
     bias = values.get("bias", "none") or "none"
     allowed = ("none", "all", f"{method.lower()}_only")
     if bias not in allowed:
@@ -199,11 +219,11 @@ def _check_targets(config: PeftConfig) -> None:
         if not isinstance(value, kinds) or not all(isinstance(i, inner) for i in items):
             raise FormatError(f"{config.where}: {key}={value!r} is of a wrong type")
         for pattern, number in value.items() if isinstance(value, dict) else ():
-            if not _is_number(number):
+            if not is_number(number):
                 raise FormatError(f"{config.where}: {key} gives {pattern!r} {number!r}")
 
 
-def _check_lora(config: PeftConfig) -> None:
+def check_lora(config: PeftConfig) -> None:
     init = config.values.get("init_lora_weights", True)
     if init not in (*PLAIN_INITS, *REBASED_INITS):
         raise FormatError(

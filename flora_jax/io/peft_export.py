@@ -16,6 +16,7 @@ from flora_jax.core.adapter import PRNG
 from flora_jax.core.errors import PlanError, StructureError
 from flora_jax.core.plan import Entry
 from flora_jax.io import peft_layouts as layouts
+from flora_jax.io.peft_config import PREFIX
 from flora_jax.io.peft_modules import Model, shortest
 
 Arrays = dict[str, np.ndarray]
@@ -54,7 +55,8 @@ def common(rows: Sequence[Row], what: str, value: Any) -> Any:
     return next(iter(found))
 
 
-def _write(row: Row, table: list[layouts.Layout], arrays: Arrays) -> None:
+def write(row: Row, table: list[layouts.Layout], arrays: Arrays) -> None:
+    """Fill a row's tensors from our arrays."""
     row.file = {layout.suffix: layout.write(arrays[layout.ours]) for layout in table}
 
 
@@ -74,7 +76,7 @@ def export_lora(rows: list[Row], model: Model) -> tuple[Arrays, Keys]:
         if rank == 0:
             continue
         table = layouts.lora(spec, row.entry.kernel_shape, rank, bias=bias, dora=dora)
-        _write(row, table, arrays)
+        write(row, table, arrays)
         ranks[row.name], alphas[row.name] = rank, _alpha(adapter, rank, rslora)
     if not ranks:
         raise PlanError("every adapter of the plan is zero: nothing to save")
@@ -92,6 +94,15 @@ def export_lora(rows: list[Row], model: Model) -> tuple[Arrays, Keys]:
         "init_lora_weights": True,
         "bias": "none",
     }
+
+
+def tie_lora(tensors: Arrays, original: str, copy: str) -> Arrays:
+    """A tied head's ``A, B`` are the embedding's ``B^T, A^T``."""
+    a, b = (tensors[f"{PREFIX}{original}.lora_embedding_{x}"] for x in "AB")
+    if f"{PREFIX}{original}.lora_magnitude_vector" in tensors:
+        raise PlanError(f"{original}: DoRA has no PEFT form where {copy} is tied to it")
+    twins = {"lora_A": b.T, "lora_B": a.T}
+    return {f"{PREFIX}{copy}.{n}.weight": np.ascontiguousarray(m) for n, m in twins.items()}
 
 
 def _alpha(adapter: LoRA, rank: int, rslora: bool) -> int | float:
@@ -153,7 +164,7 @@ def export_ia3(rows: list[Row], model: Model) -> tuple[Arrays, Keys]:
     """IA3; the weights scaled at their input are the feed-forward modules."""
     for row in rows:
         spec = row.entry.spec.unstacked()
-        _write(row, layouts.ia3(spec, row.entry.kernel_shape, row.entry.adapter.scale), row.arrays)
+        write(row, layouts.ia3(spec, row.entry.kernel_shape, row.entry.adapter.scale), row.arrays)
     inputs = [row.name for row in rows if row.entry.adapter.scale == "input"]
     return {}, {"feedforward_modules": shortest(inputs, [r.name for r in rows], str.endswith)}
 
@@ -176,7 +187,7 @@ def export_vera(rows: list[Row], model: Model) -> tuple[Arrays, Keys]:
             raise PlanError(f"{row.entry.path}: its projection b0 is not a slice of the largest")
         d = (row.arrays["d"] * factor).astype(row.arrays["d"].dtype)
         table = layouts.vera(row.entry.spec.unstacked(), row.entry.kernel_shape, rank)
-        _write(row, table, row.arrays | {"d": d})
+        write(row, table, row.arrays | {"d": d})
     shared = {"base_model.vera_A": a.T, "base_model.vera_B": b.T}
     return {name: np.ascontiguousarray(array) for name, array in shared.items()}, {
         "r": rank,

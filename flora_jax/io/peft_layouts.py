@@ -9,8 +9,7 @@ import numpy as np
 
 from flora_jax.core.errors import PlanError
 from flora_jax.core.spec import KernelSpec
-
-ADAPTED = ("dense", "conv", "embedding")
+from flora_jax.io.peft_config import PeftType
 
 
 class Layout(NamedTuple):
@@ -40,14 +39,14 @@ class Layout(NamedTuple):
         return np.ascontiguousarray(moved.transpose(np.argsort(self.axes)))
 
 
-def check_spec(path: str, spec: KernelSpec, method: str) -> None:
+def check_spec(path: str, spec: KernelSpec, form: PeftType) -> None:
     """Raise PlanError for a kernel that PEFT's method has no layer for."""
-    kinds = ADAPTED if method == "LORA" else ADAPTED[:2] if method == "IA3" else ADAPTED[:1]
+    kinds = form.kinds
     plain = len(spec.out_axes) == 1 and (spec.kind != "dense" or len(spec.in_axes) == 1)
     if spec.kind not in kinds or spec.batched or not plain:
         groups = f" with {spec.groups} groups" if spec.groups > 1 else ""
         raise PlanError(
-            f"{path}: a {spec.kind} weight{groups} has no HF-PEFT {method} layer; those have: "
+            f"{path}: a {spec.kind} weight{groups} has no HF-PEFT {form.name} layer; those have: "
             f"{', '.join(kinds)} (without batch axes or groups)"
         )
 

@@ -17,8 +17,9 @@ from flora_jax.core.plan import Plan, make_entry
 from flora_jax.core.spec import KernelSpec, infer
 from flora_jax.io.peft_config import HEADS, PREFIX, PeftConfig, read_config
 from flora_jax.io.peft_layouts import check_spec
-from flora_jax.io.peft_methods import METHODS, Site
+from flora_jax.io.peft_methods import Site
 from flora_jax.io.peft_modules import Leaf, Model, Module, as_name_map
+from flora_jax.io.peft_types import TYPES
 from flora_jax.io.safetensors import TensorFiles
 
 WEIGHTS = "adapter_model.safetensors"
@@ -32,7 +33,7 @@ def load_peft(
     specs: Mapping[str, KernelSpec] | Sequence[tuple[str, KernelSpec]] = (),
     dtype: Any = None,
 ) -> tuple[Plan, AdapterTree]:
-    """A plan and its adapters from an HF-PEFT folder: LoRA, rsLoRA, DoRA, PiSSA, OLoRA, VeRA, IA3.
+    """A plan and its adapters from an HF-PEFT folder of any type in ``io/peft_types.py``.
 
     ``flora_jax.bind(params, adapters, plan)`` then computes what PEFT computes. Every tensor of
     the file is used and every array that ``adapter_config.json`` promises is found. On a scanned
@@ -56,7 +57,7 @@ def load_peft(
       PlanError: an adapter that does not fit its weight.
     """
     folder = Path(folder)
-    config = read_config(folder)
+    config = read_config(folder, TYPES)
     tensors = _open(folder)
     prefix = as_name_map(names).prefix
     bare = bool(prefix) and not any(key.startswith(PREFIX + prefix) for key in tensors)
@@ -88,8 +89,8 @@ class _Loader:
         """Adapters, then whole modules, then whatever repeats the base; nothing may remain."""
         targeted = self._targeted()
         self.sites = {path: self._site(path, modules) for path, modules in targeted.items()}
-        method = METHODS[self.config.method](self.config, self)
-        found = {path: method.read(site) for path, site in self.sites.items()}
+        reader = TYPES[self.config.method].read(self.config, self)
+        found = {path: reader.read(site) for path, site in self.sites.items()}
         adapted = {name for site in self.sites.values() for name in site.names.values()}
         self._check_tied(adapted)
         found |= self._replaced(adapted)
@@ -142,7 +143,7 @@ class _Loader:
     def _site(self, path: str, modules: dict[int | None, Module]) -> Site:
         shape = tuple(self.model.params[path].shape)
         spec = self._spec(path, shape)
-        check_spec(path, spec, self.config.method)
+        check_spec(path, spec, TYPES[self.config.method])
         stack = spec.stack_shape(shape)
         value = lambda layer: self.model.value(modules_of[layer])
         slot = next(iter(modules.values())).leaves["weight"].slot

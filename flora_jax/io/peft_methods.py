@@ -54,7 +54,9 @@ def read(source: Any, site: Site, layer: int | None, rows: list[layouts.Layout])
     return {row.ours: row.read(source.take(key(row), row.shape, site.path)) for row in rows}
 
 
-class _Method:
+class Reader:
+    """One file being read by one method."""
+
     def __init__(self, config: PeftConfig, source: Any):
         self.config, self.source = config, source
 
@@ -63,7 +65,7 @@ class _Method:
         raise NotImplementedError
 
 
-class _LoRA(_Method):
+class LoRAReader(Reader):
     """LoRA, rsLoRA, DoRA; PiSSA and OLoRA with their initial factors computed again."""
 
     def adapter(self, site: Site, name: str) -> LoRA:
@@ -141,7 +143,7 @@ def _pad(arrays: Arrays, rank: int) -> Arrays:
     return out
 
 
-class _IA3(_Method):
+class IA3Reader(Reader):
     def read(self, site):
         ways = {self.config.feedforward(name) for name in site.names.values()}
         if len(ways) > 1:
@@ -168,7 +170,7 @@ def torch_uniform(
     return draw.astype(np.float32).reshape(shape)
 
 
-class _VeRA(_Method):
+class VeRAReader(Reader):
     """VeRA: ``vera_A (r, max in)``, ``vera_B (max out, r)``, saved or drawn again as torch does."""
 
     def __init__(self, config, source):
@@ -212,6 +214,3 @@ class _VeRA(_Method):
         for layer in site.layers:
             rows.setdefault(layer, nothing)
         return adapter, site.stack(rows)
-
-
-METHODS: dict[str, type[_Method]] = {"LORA": _LoRA, "VERA": _VeRA, "IA3": _IA3}

@@ -8,21 +8,21 @@ from typing import Any
 
 import numpy as np
 
-from flora_jax.adapters import IA3, LoRA, Replace, VeRA
+from flora_jax.adapters import Replace
 from flora_jax.core.errors import FormatError, PlanError, StructureError
 from flora_jax.core.initialize import AdapterTree
 from flora_jax.core.plan import Entry, Plan, check_adapters
-from flora_jax.core.registry import name_of
+from flora_jax.core.registry import methods, name_of
 from flora_jax.io.files import write_json
-from flora_jax.io.peft_config import CONFIG, PREFIX
-from flora_jax.io.peft_export import Row, export_ia3, export_lora, export_vera
+from flora_jax.io.peft_config import CONFIG, PREFIX, PeftType
+from flora_jax.io.peft_export import Row
 from flora_jax.io.peft_layouts import check_spec
 from flora_jax.io.peft_load import WEIGHTS
 from flora_jax.io.peft_modules import Leaf, Model, Module, shortest
+from flora_jax.io.peft_types import TYPES
 from flora_jax.io.safetensors import save_one
 
 Tensors = dict[str, np.ndarray]
-EXPORTS = {"LORA": export_lora, "VERA": export_vera, "IA3": export_ia3}
 
 
 def save_peft(
@@ -36,7 +36,7 @@ def save_peft(
     task_type: str | None = None,
     overwrite: bool = False,
 ) -> None:
-    """An HF-PEFT folder: LoRA, rsLoRA, DoRA, VeRA or IA3, with Replace as modules_to_save or bias.
+    """An HF-PEFT folder of one type of ``io/peft_types.py``, Replace as modules_to_save or bias.
 
     PiSSA and OLoRA are written as the LoRA of rank 2r that they are on the original base:
     ``A' = [A; A0]``, ``B' = [B, -B0]``. VeRA is written with its projections. In a scanned stack,
@@ -60,8 +60,8 @@ def save_peft(
         raise FormatError(f"{folder}: already holds {WEIGHTS}; pass overwrite=True")
     check_adapters(adapters, plan)
     model = Model(params, names)
-    method, rows, whole = _sort(model, adapters, plan)
-    tensors, config = EXPORTS[method](rows, model)
+    form, rows, whole = _sort(model, adapters, plan)
+    tensors, config = form.write(rows, model)
     for row in rows:
         tensors |= {f"{PREFIX}{row.name}.{suffix}": array for suffix, array in row.file.items()}
     targets = {row.name for row in rows if row.file}
@@ -70,44 +70,47 @@ def save_peft(
     kept, biases = _replaced(model, whole, targets, tensors)
     config["modules_to_save"] = kept or None
     if biases != "none":
-        config["bias"] = f"{method.lower()}_only" if biases == "only" else biases
-    config |= _tie(model, targets, kept, tensors)
+        config["bias"] = f"{form.name.lower()}_only" if biases == "only" else biases
+    config |= _tie(model, form, targets, kept, tensors)
     common = {
-        "peft_type": method,
+        "peft_type": form.name,
         "task_type": task_type,
         "base_model_name_or_path": base_model,
         "inference_mode": True,
-        "fan_in_fan_out": _transposed(model, targets),
     }
+    if form.conv1d:
+        common["fan_in_fan_out"] = _transposed(model, targets)
+    elif _transposed(model, targets):
+        raise PlanError(f"{min(targets)}: PEFT's {form.name} has no layer for GPT-2's Conv1D")
     save_one(folder / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
     write_json(folder / CONFIG, dict(sorted((common | config).items())))
 
 
-def _method(entry: Entry) -> str:
-    for cls, method in {LoRA: "LORA", VeRA: "VERA", IA3: "IA3"}.items():
-        if isinstance(entry.adapter, cls):
-            return method
+def _form(entry: Entry) -> PeftType:
+    for form in TYPES.values():
+        if isinstance(entry.adapter, form.adapters):
+            return form
+    have = ", ".join(method.name for method in methods("adapter") if method.peft)
     raise PlanError(
-        f"{entry.path}: {name_of(entry.adapter)} has no HF-PEFT form; LoRA, DoRA, PiSSA, OLoRA, "
-        "VeRA, IA3 and Replace have one"
+        f"{entry.path}: {name_of(entry.adapter)} has no HF-PEFT form; these have one: {have}"
     )
 
 
 def _sort(
     model: Model, adapters: AdapterTree, plan: Plan
-) -> tuple[str, list[Row], dict[str, np.ndarray]]:
-    """The PEFT method, one row per adapted module, and ``{path: value}`` of replaced leaves."""
+) -> tuple[PeftType, list[Row], dict[str, np.ndarray]]:
+    """The PEFT type, one row per adapted module, and ``{path: value}`` of replaced leaves."""
     whole = {e.path: np.asarray(adapters[e.path]["value"]) for e in plan if _is_whole(e)}
     entries = [entry for entry in plan if not _is_whole(entry)]
-    methods = {_method(entry): entry.path for entry in entries}
-    if len(methods) != 1:
-        what = ", ".join(f"{m} at {p}" for m, p in methods.items()) or "nothing but replaced leaves"
+    forms = {_form(entry).name: entry.path for entry in entries}
+    if len(forms) != 1:
+        what = ", ".join(f"{m} at {p}" for m, p in forms.items()) or "nothing but replaced leaves"
         raise PlanError(f"a PEFT adapter is of one method; the plan has {what}")
-    (method,) = methods
+    form = TYPES[next(iter(forms))]
     modules = {m.leaves["weight"]: m.name for m in model.modules.values() if "weight" in m.leaves}
     rows = []
     for entry in entries:
-        check_spec(entry.path, entry.spec, method)
+        check_spec(entry.path, entry.spec, form)
         if entry.path not in model.params:
             raise StructureError(f"{entry.path}: in the plan, not in the base")
         slot = model.table.slot(entry.path, entry.shape)
@@ -115,7 +118,7 @@ def _sort(
         for layer in range(entry.stack[0]) if slot.stacked else [None]:
             own = arrays if layer is None else {n: a[layer] for n, a in arrays.items()}
             rows.append(Row(modules[Leaf(entry.path, layer, slot)], entry, layer, own))
-    return method, rows, whole
+    return form, rows, whole
 
 
 def _is_whole(entry: Entry) -> bool:
@@ -170,15 +173,17 @@ def _value(model: Model, leaf: Leaf, whole: Mapping[str, np.ndarray]) -> np.ndar
     return np.ascontiguousarray(leaf.slot.theirs(value))
 
 
-def _tie(model: Model, targets: set[str], kept: list[str], tensors: Tensors) -> dict[str, Any]:
+def _tie(
+    model: Model, form: PeftType, targets: set[str], kept: list[str], tensors: Tensors
+) -> dict[str, Any]:
     """A tied head follows its embedding in our model; PEFT has to be told."""
     for original, copy in model.tied.items():
         if original in targets:
-            a, b = (tensors[f"{PREFIX}{original}.lora_embedding_{x}"] for x in "AB")
-            if f"{PREFIX}{original}.lora_magnitude_vector" in tensors:
-                raise PlanError(f"{original}: DoRA has no PEFT form where {copy} is tied to it")
-            tensors[f"{PREFIX}{copy}.lora_A.weight"] = np.ascontiguousarray(b.T)
-            tensors[f"{PREFIX}{copy}.lora_B.weight"] = np.ascontiguousarray(a.T)
+            if form.tie is None:
+                raise PlanError(
+                    f"{original}: {form.name} has no PEFT form where {copy} is tied to it"
+                )
+            tensors |= form.tie(tensors, original, copy)
             return {"ensure_weight_tying": True}
         weight = f"{PREFIX}{original}.weight"
         if weight in tensors:
