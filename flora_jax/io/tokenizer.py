@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 from flora_jax.core.errors import ConfigError, FormatError, unknown
 from flora_jax.io.files import atomic, read_json
 
 ROLES = ("system", "user", "assistant", "tool")
 START, END = "<|im_start|>", "<|im_end|>"
+END_OF_TEXT = "<|endoftext|>"
 SMOLLM_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
@@ -40,6 +42,21 @@ class Tokenizer:
         self.backend = backend
         self.bos_id, self.eos_id, self.pad_id = bos_id, eos_id, pad_id
         self.system = system
+
+    @classmethod
+    def byte_level(cls) -> Tokenizer:
+        """One id a byte (UTF-8), 0-255, and 256 for the end of a text; needs no file.
+
+        >>> Tokenizer.byte_level().decode(Tokenizer.byte_level().encode("naïve\\n"))
+        'naïve\\n'
+        """
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocabulary = {letter: index for index, letter in enumerate(letters)}
+        backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        backend.decoder = decoders.ByteLevel()
+        backend.add_special_tokens([END_OF_TEXT])
+        return cls(backend, eos_id=backend.token_to_id(END_OF_TEXT))
 
     @classmethod
     def from_hf(cls, path: str | Path) -> Tokenizer:

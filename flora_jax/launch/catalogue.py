@@ -7,9 +7,10 @@ import functools
 import flora_jax.adapters  # noqa: F401  fills the registry of methods
 from flora_jax import config, data
 from flora_jax.core.registry import methods
-from flora_jax.launch import pretrained, students, subjects
+from flora_jax.launch import first_task, pretrained, small_text, students, subjects
 from flora_jax.launch import train as train  # registers the entry point
 from flora_jax.models.conv import ConvNetConfig
+from flora_jax.models.llama_config import LlamaConfig
 from flora_jax.models.mlp import MLPConfig
 from flora_jax.models.vit_config import ViTConfig
 from flora_jax.quant import Format
@@ -37,11 +38,13 @@ MODELS = (
     subjects.TextClassifier,
     subjects.ImageClassifier,
     pretrained.SmallImageModel,
-    pretrained.Pretraining,
+    small_text.SmallLanguageModel,
+    first_task.Pretraining,
     students.Student,
     MLPConfig,
     ConvNetConfig,
     ViTConfig,
+    LlamaConfig,
     Format,
     EarlyStopping,
 )

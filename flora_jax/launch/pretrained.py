@@ -9,46 +9,23 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-import flora_jax as flora
-from flora_jax.adapters import Replace
 from flora_jax.core.errors import ConfigError
-from flora_jax.core.paths import flatten, unflatten
 from flora_jax.data import ImageData
-from flora_jax.io import safetensors
+from flora_jax.launch.first_task import Pretraining, Retention, kept, trained
 from flora_jax.launch.subjects import Source, Subject
 from flora_jax.models.conv import ConvNet, ConvNetConfig
 from flora_jax.models.mlp import MLP, MLPConfig
 from flora_jax.models.vit import ViT
 from flora_jax.models.vit_config import ViTConfig
-from flora_jax.training import create_state, make_step
 from flora_jax.training.losses import Classification
-from flora_jax.training.optim import AdamW, Optimizer
 
 HEADS = ("head", "classifier")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretraining:
-    """How a base is made.
-
-    Args:
-      data: the first task.
-      steps, batch_size, optimizer: of its training.
-    """
-
-    data: ImageData
-    steps: int = 300
-    batch_size: int = 64
-    optimizer: Optimizer = AdamW(learning_rate=2e-3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,46 +48,18 @@ class SmallImageModel(Source):
         shape = data.arrays("test")[0].shape[1:]
         first = self.pretraining.data if self.pretraining else data
         old, new = (build(self.config, shape, task.num_classes) for task in (first, data))
-        saved = None if folder is None else folder / "base.safetensors"
-        if saved is not None and saved.exists():
-            trained = unflatten({k: jnp.asarray(v) for k, v in _read(saved).items()})
-        else:
-            trained = _pretrained(self, shape)
-            if saved is not None:
-                saved.parent.mkdir(parents=True, exist_ok=True)
-                safetensors.save_one(saved, jax.device_get(flatten(trained)))
+        params = base = kept(folder, lambda: _pretrained(self, shape))
         name = type(self.config).__name__.removesuffix("Config")
-        params = trained
         if self.pretraining:
             fresh = _initial(new, shape, self.seed + 1)
-            params = {**trained, **{h: fresh[h] for h in HEADS if h in fresh}}
+            params = {**base, **{h: fresh[h] for h in HEADS if h in fresh}}
             name += f" pretrained on {first.source} {_classes(first)}"
         loss = Classification(model=new)
-        retention = Retention(old, trained, first) if self.pretraining else None
-        return ImageSubject(new, params, loss, name, retention=retention)
-
-
-@dataclasses.dataclass(frozen=True)
-class Retention:
-    """The first task: what an adapted body still knows of it under the old head."""
-
-    model: nn.Module
-    params: Any
-    data: ImageData
-
-    def __call__(self, bound: Any) -> float:
-        """Accuracy in per cent on the first task's test images."""
-        old = {h: self.params[h] for h in HEADS if h in self.params}
-        images, labels = self.data.arrays("test")
-        logits = jax.jit(self.model.apply)({"params": {**bound, **old}}, images)
-        return float(100 * jnp.mean(jnp.argmax(logits, axis=-1) == labels))
-
-
-@dataclasses.dataclass(frozen=True)
-class ImageSubject(Subject):
-    """A subject that also remembers the task it was pretrained on."""
-
-    retention: Retention | None = None
+        retention = None
+        if self.pretraining:
+            heads = {h: base[h] for h in HEADS if h in base}
+            retention = Retention(Classification(model=old), heads, first)
+        return Subject(new, params, loss, name, retention=retention)
 
 
 class Flattened:
@@ -159,20 +108,7 @@ def _pretrained(source: SmallImageModel, shape: tuple[int, ...]) -> Any:
         raise ConfigError("SmallImageModel needs pretraining, or train all of it with Replace()")
     model = build(source.config, shape, how.data.num_classes)
     params = _initial(model, shape, source.seed)
-    plan = flora.plan(params, {".*": Replace()})
-    adapters = flora.init(plan, jax.random.key(0), params)
-    state = create_state(plan, adapters, how.optimizer, source.seed)
-    step = make_step(Classification(model=model), plan, how.optimizer)
-    batches: Iterator[Mapping[str, Any]] = iter(
-        how.data.train(None, how.batch_size, seed=source.seed)
-    )
-    for _ in range(how.steps):
-        state, _ = step(state, params, next(batches))
-    return jax.block_until_ready(flora.materialize(flora.bind(params, state.adapters, plan)))
-
-
-def _read(path: Path) -> Mapping[str, Any]:
-    return safetensors.TensorFiles(path)
+    return trained(Classification(model=model), params, how, source.seed)
 
 
 def _classes(data: ImageData) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ class Subject:
       name: where the base came from, for people.
       tokenizer: for texts; None for images.
       generates: whether it writes text.
+      retention: figures of the task the base was made for, of bound parameters; None if unknown.
     """
 
     model: nn.Module
@@ -41,6 +42,7 @@ class Subject:
     name: str
     tokenizer: Any = None
     generates: bool = False
+    retention: Callable[[Any], dict[str, float]] | None = None
 
     def figures(self, means: Mapping[str, float]) -> dict[str, float]:
         """Means over the held-out data as the figures a run reports.

@@ -77,8 +77,10 @@ def train(
       out: the run folder; None keeps nothing.
 
     Returns:
-      ``perplexity`` or ``accuracy`` and its ``..._before``, ``trained`` numbers and how many of
-      them are ``trained_adapters`` (not weights trained whole, such as a fresh head), ``seconds``.
+      ``perplexity`` or ``accuracy`` and its ``..._before``; on the task that a small base was made
+      for ``retention`` (accuracy) and ``forgetting`` (its cross-entropy after minus before);
+      ``trained`` numbers and how many of them are ``trained_adapters`` (not weights trained whole,
+      such as a fresh head); ``seconds``, ``seconds_per_step``.
     """
     options = complete(locals())
     with contextlib.ExitStack() as stack:
@@ -94,15 +96,23 @@ def train(
         seconds = time.time() - started
     after = setup.judge(result.state)
     _report("after", after, setup.sample(result.state))
-    retention = getattr(setup.subject, "retention", None)
-    if retention is not None:
-        after["retention"] = retention(setup.bound(result.state))
-        print(f"retention: {after['retention']:.2f} % on the first task")
+    retained = _retained(setup, result.state)
     if out is not None:
         print(_next_commands(out, setup))
     figures = {**after, **{f"{k}_before": v for k, v in before.items()}}
     counts = {"trained": setup.plan.count, "trained_adapters": _in_adapters(setup.plan)}
-    return {**figures, **counts, "seconds": seconds, **_speed(result.metrics)}
+    return {**figures, **retained, **counts, "seconds": seconds, **_speed(result.metrics)}
+
+
+def _retained(setup: setups.Setup, state: training.TrainState) -> dict[str, float]:
+    """What is left of the task that the base was made for; empty if there is none."""
+    retention = setup.subject.retention
+    if retention is None:
+        return {}
+    before, after = retention(setup.base), retention(setup.bound(state))
+    print(f"retention: {after['retention']:.2f} % (before {before['retention']:.2f} %)")
+    forgetting = after["retention_nll"] - before["retention_nll"]
+    return {**after, "retention_before": before["retention"], "forgetting": forgetting}
 
 
 def _in_adapters(plan: Plan) -> int:
@@ -141,7 +151,8 @@ def _fit(setup: setups.Setup, folder: str) -> training.FitResult:
 
 def _speed(metrics: Mapping[str, Any]) -> dict[str, float]:
     found = {key.removeprefix("perf/"): value for key, value in metrics.items()}
-    return {k: v for k, v in found.items() if k in ("tokens_per_s", "examples_per_s")}
+    wanted = ("tokens_per_s", "examples_per_s", "seconds_per_step")
+    return {k: v for k, v in found.items() if k in wanted}
 
 
 def complete(options: Mapping[str, Any]) -> dict[str, Any]:
