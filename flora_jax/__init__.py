@@ -6,6 +6,8 @@ from typing import Any as _Any
 from flora_jax import adapters as adapters
 from flora_jax.adapters import IA3 as IA3
 from flora_jax.adapters import NOLA as NOLA
+from flora_jax.adapters import Bottleneck as Bottleneck
+from flora_jax.adapters import Compacter as Compacter
 from flora_jax.adapters import DoRA as DoRA
 from flora_jax.adapters import FLoRA as FLoRA
 from flora_jax.adapters import Hydra as Hydra

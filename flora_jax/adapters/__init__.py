@@ -1,5 +1,7 @@
 """Weight adapters: one file per family, each registers itself."""
 
+from flora_jax.adapters.bottleneck import Bottleneck as Bottleneck
+from flora_jax.adapters.compacter import Compacter as Compacter
 from flora_jax.adapters.dora import DoRA as DoRA
 from flora_jax.adapters.flora import FLoRA as FLoRA
 from flora_jax.adapters.hydra import Hydra as Hydra

@@ -9,12 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.core.adapter import PRNG, ActivationAdapter, Adapter, Context, Params
+from flora_jax.core.adapter import (
+    PRNG,
+    ActivationAdapter,
+    Adapter,
+    Context,
+    Params,
+    output_sizes,
+)
 from flora_jax.core.contraction import Contraction, over_batch
 from flora_jax.core.errors import PlanError
 from flora_jax.core.leaf import Weight, WeightLeaf, attend, contract
 from flora_jax.core.operators import Base, Inputs, LinearMap, Scale, Sum, delta, terms
-from flora_jax.core.registry import name_of
+from flora_jax.core.registry import method_of, name_of
 from flora_jax.core.spec import KernelSpec
 from flora_jax.core.structured import Dropout
 
@@ -50,17 +57,23 @@ class Bound:
         params = {**self.params, **(self.example or {})}
         return self.adapter.operator(params, base.spec, self.context(base))
 
-    def activated(self, base: Base, how: Contraction, y: jax.Array) -> jax.Array:
-        """The layer's output ``y`` (without its bias, which is added later) after the adapter."""
-        before = out = how.enter_out(y)
+    @property
+    def acts(self) -> bool:
+        """Whether it changes the layer's output instead of the weight."""
+        return isinstance(self.adapter, ActivationAdapter)
+
+    def output_change(self, base: Base, how: Contraction, y: jax.Array) -> jax.Array:
+        """What an adapter of the output adds to it; ``y`` is the output without its bias."""
+        before = how.channels(y)
         if self.bias is not None:
-            *batch, _, n_out = base.spec.canonical_shape(tuple(base.weight.shape))
-            before = out + over_batch(self.bias.reshape(*batch, n_out), out)
+            # The layer adds the bias to what comes out here, so it may not be in the result.
+            batch, n_out = output_sizes(base.spec, tuple(base.weight.shape))
+            before = before + over_batch(self.bias.reshape(*batch, n_out), before)
         after = self.adapter.activate(self.params, before, base.spec, self.context(base))
-        change = (after - before).astype(out.dtype)
+        change = (after - before).astype(y.dtype)
         if self.weight is not None:
-            change = change * self.weight.astype(out.dtype)
-        return y + how.leave(change)
+            change = change * self.weight.astype(y.dtype)
+        return how.from_channels(change)
 
 
 class _Planned(WeightLeaf):
@@ -99,10 +112,13 @@ class Adapted(_Planned):
     def operator(self) -> LinearMap:
         """The expression of the (unstacked) adapted weight."""
         base = Base(self.base, self.spec)
-        if len(self.bound) == 1 and self.bound[0].weight is None:
-            return self.bound[0].expression(base)
+        linear = [bound for bound in self.bound if not bound.acts]
+        if not linear:
+            return base
+        if len(linear) == 1 and linear[0].weight is None:
+            return linear[0].expression(base)
         parts: list[LinearMap] = [base]
-        for bound in self.bound:
+        for bound in linear:
             change = delta(bound.expression(base), base)
             parts.append(change if bound.weight is None else Scale(bound.weight, change))
         return Sum(*parts)
@@ -112,10 +128,13 @@ class Adapted(_Planned):
         if any(bound.example for bound in self.bound):
             return self._by_rows(x, lambda leaf, row: leaf.contract(how, row))
         y = how.leave(self.operator().apply(Inputs(how, x)))
-        for bound in self.bound:
-            if isinstance(bound.adapter, ActivationAdapter):
-                y = bound.activated(Base(self.base, self.spec), how, y)
-        return y
+        acting = [bound for bound in self.bound if bound.acts]
+        if not acting:
+            return y
+        # Changes add up, whatever their order: each is found on the base's own output.
+        base = Base(self.base, self.spec)
+        plain = y if len(acting) == len(self.bound) else contract(how, x, self.base)
+        return y + sum(bound.output_change(base, how, plain) for bound in acting)
 
     def attend(self, x, precision=None):
         if any(bound.example for bound in self.bound):
@@ -138,10 +157,13 @@ class Adapted(_Planned):
 
     def dense(self, dtype=None):
         for bound in self.bound:
-            if isinstance(bound.adapter, ActivationAdapter):
-                raise PlanError(f"{name_of(bound.adapter)} acts on the output: it does not merge")
             if bound.example is not None:
                 raise PlanError(f"{name_of(bound.adapter)} gives each row a weight of its own")
+            if not method_of(bound.adapter).mergeable:
+                raise PlanError(
+                    f"{name_of(bound.adapter)} is no change of the weight and does not merge; keep "
+                    "the base and the adapters beside each other"
+                )
         matrix = self.operator().dense()
         return self.spec.restore(matrix, self.shape).astype(dtype or self.dtype)
 
@@ -204,13 +226,15 @@ class Group:
             change = delta(expression, base) if additive[-1] else expression
             return _replace_maps(change, Base, lambda b: _Hole(b.transposed))
 
-        acts = isinstance(self.bound.adapter, ActivationAdapter)
+        acts = self.bound.acts
+        if acts and how is None:
+            return jnp.zeros_like(y)
         maps = self.bound if acts else jax.vmap(build)(self.bound)
         take = lambda tree: jax.tree.map(lambda a: a[self.pick], tree)
 
         def row(n, map_, shift, x, y):
             if acts:
-                return map_.activated(base, how, y[None])[0] - y
+                return map_.output_change(base, how, y[None])[0]
             fill = lambda hole: dataclasses.replace(base, transposed=hole.transposed)
             awake = lambda d: dataclasses.replace(d, key=jax.random.fold_in(d.key, n))
             map_ = _replace_maps(_replace_maps(map_, _Hole, fill), Dropout, awake)

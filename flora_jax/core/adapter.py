@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -107,14 +108,28 @@ class Adapter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationAdapter(Adapter):
-    """Base class of adapters that act on a layer's output, bias included; they do not merge."""
+    """Base class of adapters that act on a layer's output, bias included; they do not merge.
+
+    Register them with ``mergeable=False``.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("dense", "einsum", "conv", "conv_transpose")
 
     def operator(self, params: Params, spec: KernelSpec, ctx: Context) -> LinearMap:
         return ctx.base
 
     def activate(self, params: Params, y: jax.Array, spec: KernelSpec, ctx: Context) -> jax.Array:
-        """The new output for the canonical output ``y [..., out]`` of the layer."""
+        """The new output for the layer's ``y [..., out]`` (``[B, ..., out]`` with batch axes).
+
+        ``out`` counts every output channel; the groups of a convolution lie side by side.
+        """
         raise NotImplementedError
+
+
+def output_sizes(spec: KernelSpec, shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:
+    """``((B,) or (), out)`` of an unstacked kernel: what an :class:`ActivationAdapter` sees."""
+    batch = math.prod(shape[a] for a in spec.batch_axes)
+    return ((batch,) if spec.batch_axes else ()), math.prod(shape[a] for a in spec.out_axes)
 
 
 def from_json(data: dict[str, Any]) -> Adapter:

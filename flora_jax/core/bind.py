@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 
 from flora_jax.core import paths
 from flora_jax.core.adapted import Adapted, Bound, Group, Mixed
-from flora_jax.core.adapter import PRNG, ActivationAdapter, Adapter, Params
+from flora_jax.core.adapter import PRNG, Adapter, Params, output_sizes
 from flora_jax.core.errors import FloraError, PlanError, StructureError
 from flora_jax.core.initialize import AdapterTree, over_stack, path_keys
 from flora_jax.core.leaf import Weight, WeightLeaf, is_leaf
@@ -163,17 +164,25 @@ def _attach(params: Any, found: Mapping[str, list[Use]], picked: jax.Array | Non
         else:
             adapted_bias = _bias(uses, bias, path)
             if adapted_bias is not None:
-                bias = new[sibling] = adapted_bias
-            bound = tuple(_seeing_bias(use.bound, bias) for use in uses)
+                new[sibling] = adapted_bias
+            bound = tuple(_seeing_bias(use, bias) for use in uses)
             new[path] = Adapted(leaf, bound, entry.spec.unstacked())
     return paths.map_with_path(lambda path, leaf: new.get(path, leaf), params, is_leaf=is_leaf)
 
 
-def _seeing_bias(bound: Bound, bias: jax.Array | None) -> Bound:
+def _seeing_bias(use: Use, bias: jax.Array | None) -> Bound:
     """An adapter of the layer's output has to know the bias that is added after it."""
-    if bias is None or not isinstance(bound.adapter, ActivationAdapter):
-        return bound
-    return dataclasses.replace(bound, bias=bias)
+    if bias is None or not use.bound.acts:
+        return use.bound
+    entry = use.entry
+    batch, n_out = output_sizes(entry.spec, entry.kernel_shape)
+    outputs = math.prod((*entry.stack, *batch, n_out))
+    if bias.size != outputs:
+        raise PlanError(
+            f"{entry.path}: a bias of shape {bias.shape} for {outputs} outputs; an adapter of the "
+            "output needs one number for each"
+        )
+    return dataclasses.replace(use.bound, bias=bias)
 
 
 def _replaced(leaf: Weight, uses: list[Use]) -> jax.Array:
@@ -237,7 +246,7 @@ def _mixed(
 def _group(path: str, uses: list[Use], bias: jax.Array | None, picked: jax.Array) -> Group:
     stack = uses[0].entry.stack
     join = lambda *arrays: jnp.stack(arrays, axis=len(stack))
-    bound = jax.tree.map(join, *(_seeing_bias(use.bound, bias) for use in uses))
+    bound = jax.tree.map(join, *(_seeing_bias(use, bias) for use in uses))
     shifts = [_bias_change(use, bias, path) for use in uses]
     shift = None if shifts[0] is None else join(*shifts)
     hit = picked[:, None] == jnp.array([use.index for use in uses])

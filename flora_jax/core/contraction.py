@@ -63,6 +63,17 @@ class Contraction:
         """The layer's own output to canonical form: the inverse of :meth:`leave`."""
         return y
 
+    def channels(self, y: jax.Array) -> jax.Array:
+        """The layer's own output as ``[..., out]``, ``[B, ..., out]`` with batch axes.
+
+        It is :meth:`enter_out`, but that the groups of a convolution stay side by side.
+        """
+        return self.enter_out(y)
+
+    def from_channels(self, y: jax.Array) -> jax.Array:
+        """The inverse of :meth:`channels`."""
+        return self.leave(y)
+
     def contract(self, z: Any, k: jax.Array) -> jax.Array:
         """Entered input with a canonical kernel ``[in, n]`` or ``[B, in, n]``."""
         raise NotImplementedError
@@ -222,6 +233,12 @@ class Conv(Contraction):
         if self.groups > 1:
             y = y.reshape(*y.shape[:-1], self.groups, y.shape[-1] // self.groups)
             y = jnp.moveaxis(y, -2, 0)
+        return y
+
+    def channels(self, y):
+        return y
+
+    def from_channels(self, y):
         return y
 
     def contract(self, z, k):

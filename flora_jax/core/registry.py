@@ -78,9 +78,18 @@ def methods(family: str | None = None) -> list[Method]:
     return [m for m in rows if family in (None, m.family)]
 
 
+def method_of(value: Any) -> Method:
+    """The row of an instance's class.
+
+    Raises:
+      ConfigError: the class is not registered.
+    """
+    for method in _METHODS.values():
+        if method.cls is type(value):
+            return method
+    raise ConfigError(f"{type(value).__name__} is not a registered method")
+
+
 def name_of(value: Any) -> str:
     """The registered name of an instance's class."""
-    for (_, name), method in _METHODS.items():
-        if method.cls is type(value):
-            return name
-    raise ConfigError(f"{type(value).__name__} is not a registered method")
+    return method_of(value).name

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 import flora_jax as flora
 from flora_jax.core import ops
+from flora_jax.core.registry import method_of
 from flora_jax.core.spec import KernelSpec
 
 # Name -> (adapter, trained numbers on a dense 12x8 kernel).
@@ -30,7 +31,16 @@ ADAPTERS: dict[str, tuple[Any, int]] = {
     "IA3": (flora.IA3(), 8),
     "IA3-input": (flora.IA3(scale="input"), 12),
     "Replace": (flora.Replace(), 96),
+    "Bottleneck": (flora.Bottleneck(bottleneck=3, activation="swish"), 2 * 3 * 8 + 3 + 8),
+    "Compacter": (flora.Compacter(bottleneck=4, n=2), 2 * (8 + 4) + 4 + 8 + 2**3),
+    "Compacter-phm": (
+        flora.Compacter(bottleneck=4, n=2, factorized=False, shared=False),
+        2 * 8 * 4 // 2 + 4 + 8 + 2 * 2**3,
+    ),
 }
+# Methods that start near the identity, not at it: the largest change of the output at init, as a
+# share of its norm. What their papers and codes do; see docs/methods.md.
+NOT_IDENTITY = {"Bottleneck": 1e-3, "Compacter": 1e-3, "Compacter-phm": 1e-3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +53,11 @@ class Layer:
     spec: KernelSpec
     name: str = "kernel"
     bias: int | None = None
+
+    @property
+    def n_out(self) -> int:
+        """Trailing axes of the output that are the kernel's."""
+        return len(self.spec.out_axes)
 
 
 def _x(*shape: int) -> Callable[[], jax.Array]:
@@ -117,6 +132,12 @@ REFUSED = {
     ("IA3-input", "embedding"),
     ("IA3-input", "tied-head"),
     ("IA3-input", "conv-groups"),
+    ("Bottleneck", "embedding"),
+    ("Bottleneck", "tied-head"),
+    ("Compacter", "embedding"),
+    ("Compacter", "tied-head"),
+    ("Compacter-phm", "embedding"),
+    ("Compacter-phm", "tied-head"),
 }
 PAIRS = [(a, l) for a in ADAPTERS for l in LAYERS if (a, l) not in REFUSED]
 
@@ -143,6 +164,47 @@ def random_like(tree: Any, seed: int = 11) -> Any:
 def perturbed(plan: flora.Plan, adapters: Any) -> Any:
     train, frozen = flora.partition(adapters, plan)
     return flora.combine(random_like(train), frozen)
+
+
+def _bottleneck(arrays: Any, pool: Any, y: jax.Array) -> jax.Array:
+    z = jax.nn.silu(y @ arrays["down"] + arrays["down_bias"])
+    return y + z @ arrays["up"] + arrays["up_bias"]
+
+
+def _compacter(arrays: Any, pool: Any, y: jax.Array) -> jax.Array:
+    def product(which: str) -> jax.Array:
+        a = pool["a"] if pool else arrays[f"a_{which}"]
+        b = arrays.get(f"{which}_b")
+        b = arrays[f"{which}_s"] @ arrays[f"{which}_t"] if b is None else b
+        return sum(jnp.kron(a[i], b[i]) for i in range(2))
+
+    z = jax.nn.gelu(y @ product("down") + arrays["down_bias"], approximate=True)
+    return y + z @ product("up") + arrays["up_bias"]
+
+
+# What methods that do not merge make of a layer's plain output [..., out].
+FORMULAS = {"Bottleneck": _bottleneck, "Compacter": _compacter, "Compacter-phm": _compacter}
+
+
+def merges(name: str) -> bool:
+    """Whether the case's method folds into the weight."""
+    return method_of(ADAPTERS[name][0]).mergeable
+
+
+def expected(
+    name: str, layer: Layer, params: Any, adapters: Any, plan: flora.Plan, x: jax.Array
+) -> jax.Array:
+    """The adapted layer by other means: the merged weight, or the method's formula written out."""
+    if merges(name):
+        return run(layer, flora.materialize(flora.bind(params, adapters, plan)), x)
+    arrays = adapters[layer.name]
+    pool = next((adapters[pool.path] for pool in plan.pools), None)
+    y = run(layer, params, x)
+    if layer.spec.batch_axes:
+        formula = lambda a, y: FORMULAS[name](a, pool, y)
+        return jax.vmap(formula)(arrays, y)
+    lead = y.shape[: y.ndim - (1 if layer.spec.kind.startswith("conv") else layer.n_out)]
+    return FORMULAS[name](arrays, pool, y.reshape(*lead, -1)).reshape(y.shape)
 
 
 def run(layer: Layer, tree: Any, x: jax.Array) -> jax.Array:
