@@ -5,6 +5,7 @@ from typing import Any as _Any
 
 from flora_jax import adapters as adapters
 from flora_jax.adapters import IA3 as IA3
+from flora_jax.adapters import KORE as KORE
 from flora_jax.adapters import NOLA as NOLA
 from flora_jax.adapters import Bottleneck as Bottleneck
 from flora_jax.adapters import Compacter as Compacter
@@ -20,6 +21,7 @@ from flora_jax.core.bind import bind as bind
 from flora_jax.core.bind import materialize as materialize
 from flora_jax.core.bind import rebase as rebase
 from flora_jax.core.bind import split as split
+from flora_jax.core.calibrate import calibrate as calibrate
 from flora_jax.core.initialize import combine as combine
 from flora_jax.core.initialize import init as init
 from flora_jax.core.initialize import partition as partition

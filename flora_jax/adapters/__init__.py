@@ -6,6 +6,7 @@ from flora_jax.adapters.dora import DoRA as DoRA
 from flora_jax.adapters.flora import FLoRA as FLoRA
 from flora_jax.adapters.hydra import Hydra as Hydra
 from flora_jax.adapters.ia3 import IA3 as IA3
+from flora_jax.adapters.kore import KORE as KORE
 from flora_jax.adapters.lora import LoRA as LoRA
 from flora_jax.adapters.nola import NOLA as NOLA
 from flora_jax.adapters.pissa import OLoRA as OLoRA

@@ -46,7 +46,7 @@ class Adapter:
     Class attributes:
       kinds: kernel kinds the method is defined for.
       needs_base: ``init`` reads the weight's values (else it gets a ShapeDtypeStruct).
-      statistics: names of the input statistics (:func:`flora_jax.observe`) that ``init`` reads;
+      statistics: names of the input statistics (:func:`flora_jax.calibrate`) that ``init`` reads;
         it then takes them as a fourth argument ``{name: array}``.
       shared_basis: one random basis for all leaves instead of one per path.
       whole_stack: the method couples the layers of a scanned stack: ``init`` and ``value`` see the
@@ -76,6 +76,10 @@ class Adapter:
     def init(self, key: jax.Array, spec: KernelSpec, base: Any) -> tuple[Params, Params]:
         """``(trained, frozen)`` arrays for one unstacked kernel."""
         raise NotImplementedError
+
+    def finish(self, arrays: Params, stack: tuple[int, ...]) -> Params:
+        """The arrays of all layers of a stack, for what ``init`` of one layer cannot know."""
+        return arrays
 
     def operator(self, params: Params, spec: KernelSpec, ctx: Context) -> LinearMap:
         """The adapted weight as an expression of ``ctx.base`` and the parameters."""

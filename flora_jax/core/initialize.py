@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 from flora_jax.core import paths
 from flora_jax.core.adapter import Params
-from flora_jax.core.errors import PlanError
+from flora_jax.core.errors import PlanError, StructureError
 from flora_jax.core.leaf import Weight, WeightLeaf, dense, is_leaf
+from flora_jax.core.observe import statistic_shape
 from flora_jax.core.plan import Entry, Plan, check_adapters
 from flora_jax.core.registry import name_of
 
@@ -46,6 +47,17 @@ def over_stack(f: Callable[..., Any], ndim: int) -> Callable[..., Any]:
     return f
 
 
+def layer_by_layer(f: Callable[..., Any], ndim: int) -> Callable[..., Any]:
+    """:func:`over_stack` as a loop: the scratch memory of one layer at a time."""
+
+    def mapped(g: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *xs: jax.lax.map(lambda x: g(*x), xs)
+
+    for _ in range(ndim):
+        f = mapped(f)
+    return f
+
+
 def init(
     plan: Plan, key: jax.Array, params: Any, *, stats: Mapping[str, Mapping[str, Any]] | None = None
 ) -> AdapterTree:
@@ -54,11 +66,12 @@ def init(
     Args:
       key: a typed PRNG key; each path folds its own.
       params: the base; values are read only by methods that need them.
-      stats: ``{path: {statistic: array}}`` of :func:`flora_jax.observe`, for the methods whose
+      stats: ``{path: {statistic: array}}`` of :func:`flora_jax.calibrate`, for the methods whose
         start depends on the weights' inputs.
 
     Raises:
       PlanError: a method needs statistics that ``stats`` lacks.
+      StructureError: a statistic is of another shape than the weight's inputs give.
     """
     leaves = paths.flatten(params, is_leaf=is_leaf)
     out: AdapterTree = {}
@@ -84,6 +97,14 @@ def _statistics(entry: Entry, stats: Mapping[str, Mapping[str, Any]]) -> Params:
             f"{entry.path}: {name_of(entry.adapter)} starts from the weight's inputs and needs "
             f"their {', '.join(missing)}; pass stats=flora.calibrate(apply, params, plan, batches)"
         )
+    for name in entry.adapter.statistics:
+        inner = statistic_shape(name, entry.spec.unstacked(), entry.kernel_shape)
+        found = tuple(jnp.shape(given[name]))
+        if found != (*entry.stack, *inner):
+            raise StructureError(
+                f"{entry.path}: the statistic {name} has shape {found}, the weight's inputs give "
+                f"{(*entry.stack, *inner)}"
+            )
     return {name: jnp.asarray(given[name]) for name in entry.adapter.statistics}
 
 
@@ -92,18 +113,20 @@ def _init_entry(entry: Entry, keys: jax.Array, leaf: Weight, stats: Params) -> P
     n = 0 if adapter.whole_stack else len(entry.stack)
     spec = entry.spec if adapter.whole_stack else entry.spec.unstacked()
     further = (stats,) if adapter.statistics else ()
+    # Statistics are [in, in] a layer: their factorisations are not held for all layers at once.
+    over = layer_by_layer if adapter.statistics else over_stack
     if adapter.needs_base:
         outer = len(entry.stack)
         low_bit = isinstance(leaf, WeightLeaf)
         values = over_stack(dense, outer)(leaf) if low_bit else jnp.asarray(leaf)
-        f = over_stack(lambda k, b, *s: adapter.init(k, spec, b, *s), n)
+        f = over(lambda k, b, *s: adapter.init(k, spec, b, *s), n)
         train, frozen = jax.jit(f)(keys, values, *further)
     else:
         shape = entry.shape if adapter.whole_stack else entry.kernel_shape
         base = jax.ShapeDtypeStruct(shape, jnp.dtype(entry.dtype))
-        f = over_stack(lambda k, *s: adapter.init(k, spec, base, *s), n)
+        f = over(lambda k, *s: adapter.init(k, spec, base, *s), n)
         train, frozen = f(keys, *further)
-    return _strong({**train, **frozen})
+    return _strong(adapter.finish({**train, **frozen}, entry.stack))
 
 
 def _strong(arrays: Params) -> Params:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -86,23 +87,61 @@ _tap.defvjp(_tap_forward, _tap_backward)
 
 
 def _patches(how: Conv, x: jax.Array) -> jax.Array:
-    """Convolution inputs as rows ``[..., window * channels]`` in the kernel's own axis order."""
-    if how.groups > 1 or how.transpose:
-        raise PlanError("statistics of grouped or transposed convolutions are not defined here")
-    window, channels = how.shape[:-2], how.shape[-2]
-    n = len(window)
+    """Convolution inputs as canonical rows ``[(groups,) N, *space, window * channels / groups]``.
+
+    A transposed convolution is the plain one of its input with ``strides - 1`` zeros in between.
+    """
+    window, n = how.shape[:-2], len(how.shape) - 2
     letters = "".join("HWDUV"[:n])
+    strides, padding, lhs_dilation = how.strides, how.padding, how.lhs_dilation
+    if how.transpose:
+        strides, padding, lhs_dilation = (1,) * n, _transposed_padding(how), how.strides
     p = lax.conv_general_dilated_patches(
         x,
         window,
-        how.strides,
-        how.padding,
-        how.lhs_dilation,
+        strides,
+        padding,
+        lhs_dilation,
         how.rhs_dilation,
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
     )
-    p = p.reshape(*p.shape[:-1], channels, *window)
-    return jnp.moveaxis(p, p.ndim - 1 - n, -1).reshape(*p.shape[: n + 1], -1)
+    p = p.reshape(*p.shape[:-1], how.groups, how.shape[-2], *window)
+    p = jnp.moveaxis(jnp.moveaxis(p, n + 2, -1), n + 1, 0)
+    p = p.reshape(*p.shape[: n + 2], -1)
+    return p if how.groups > 1 else p[0]
+
+
+def _transposed_padding(how: Conv) -> Sequence[tuple[int, int]]:
+    """What ``lax.conv_transpose`` pads its dilated input with."""
+    if not isinstance(how.padding, str):
+        return how.padding
+    window = how.shape[:-2]
+    pads = []
+    for size, stride, dilation in zip(window, how.strides, how.rhs_dilation or (1,) * len(window)):
+        k = (size - 1) * dilation + 1
+        same = how.padding == "SAME"
+        total = k + stride - 2 + (0 if same else max(k - stride, 0))
+        before = k - 1 if not same or stride > k - 1 else -(-total // 2)
+        pads.append((before, total - before))
+    return pads
+
+
+def _rows(mask: jax.Array, shape: tuple[int, ...], path: str) -> jax.Array:
+    """A mask for rows of activations of a shape.
+
+    It repeats over further axes of the rows (one flag per image, rows per patch); where the rows
+    have fewer axes (a head on pooled tokens) a row counts if any of its positions does.
+
+    Raises:
+      PlanError: the shapes do not go together.
+    """
+    if mask.shape == shape[: mask.ndim]:
+        return jnp.broadcast_to(mask.reshape(*mask.shape, *(1,) * (len(shape) - mask.ndim)), shape)
+    if mask.shape[: len(shape)] == shape:
+        return mask.reshape(*shape, -1).max(-1)
+    if math.prod(mask.shape) == math.prod(shape):
+        return mask.reshape(shape)
+    raise PlanError(f"{path}: a mask of shape {mask.shape} for rows of activations {shape}")
 
 
 @jax.tree_util.register_dataclass
@@ -115,6 +154,7 @@ class Observed(WeightLeaf):
     mask: jax.Array | None
     names: tuple[str, ...] = dataclasses.field(metadata={"static": True})
     spec: KernelSpec = dataclasses.field(metadata={"static": True})
+    path: str = dataclasses.field(metadata={"static": True})
 
     @property
     def shape(self):
@@ -127,8 +167,8 @@ class Observed(WeightLeaf):
     def contract(self, how: Contraction, x: Any) -> jax.Array:
         y = contract(how, x, self.base)
         if isinstance(how, Lookup):
-            keep = jnp.ones(x.shape, x.dtype) if self.mask is None else self.mask.astype(x.dtype)
-            both = jnp.stack([x, keep.reshape(x.shape)])
+            keep = jnp.ones(x.shape) if self.mask is None else _rows(self.mask, x.shape, self.path)
+            both = jnp.stack([x, keep.astype(x.dtype)])
             measure = lambda rows: id_statistics(self.names, rows[0], rows[1], self.shape[0])
             return _tap(_Closed(measure), y, both, self.probe)
         z = _patches(how, x) if isinstance(how, Conv) else how.enter(x)
@@ -139,7 +179,7 @@ class Observed(WeightLeaf):
             measure = _Closed(lambda rows: statistics(self.names, rows, None, batched))
             return _tap(measure, y, z, self.probe)
         # The mask rides along as one more channel: a custom_vjp may not close over tracers.
-        flag = self.mask.reshape(z.shape[int(batched) : -1]).astype(z.dtype)
+        flag = _rows(self.mask, z.shape[int(batched) : -1], self.path).astype(z.dtype)
         flag = jnp.broadcast_to(flag, z.shape[:-1])[..., None]
         both = jnp.concatenate([z, flag], axis=-1)
 
@@ -214,27 +254,73 @@ def observe(
     chosen = paths.Rules.of(list(pairs)).match(leaves)
     given = paths.Rules.of(specs).match(leaves)
     layout = {p: given.get(p) or infer(p, tuple(leaves[p].shape)) for p in chosen}
-    zeros = {path: _zeros(names, layout[path], tuple(leaves[path].shape)) for path in chosen}
-
-    def total(probes, params, batch):
-        rows = None if mask is None else mask(batch)
-        bound = _attach(params, probes, rows, names, layout)
-        outputs = jax.tree.leaves(apply(bound, batch))
-        return sum(jnp.sum(o) for o in outputs if jnp.issubdtype(o.dtype, jnp.floating))
-
-    @jax.jit
-    def add(sums, params, batch):
-        new = jax.grad(total)(zeros, params, batch)
-        merge = lambda path, a, b: jnp.maximum(a, b) if path.endswith("/max") else a + b
-        return paths.map_with_path(merge, sums, new), {p: s["uses"] for p, s in new.items()}
-
-    sums, uses = zeros, None
+    observer = Observer(apply, params, dict.fromkeys(chosen, names), layout, mask)
     for batch in batches:
-        sums, uses = add(sums, params, batch)
-    if uses is None:
-        raise FloraError("observe got no batches")
-    _check_uses(uses, names)
-    return {path: {n: s[n] for n in names} for path, s in sums.items()}
+        observer.add(batch)
+    return observer.stats
+
+
+class Observer:
+    """Statistics that grow batch by batch; :func:`observe` is the loop over it.
+
+    Args:
+      apply, params, mask: as for :func:`observe`.
+      names: ``{path: statistics}``, of each weight its own.
+      layout: ``{path: spec}`` of the same weights.
+    """
+
+    def __init__(
+        self,
+        apply: Callable[[Any, Any], Any],
+        params: Any,
+        names: Mapping[str, tuple[str, ...]],
+        layout: Mapping[str, KernelSpec],
+        mask: Callable[[Any], jax.Array] | None = None,
+    ):
+        self.batches = 0
+        self._params, self._names, self._sums = params, names, {}
+        leaves = paths.flatten(params, is_leaf=is_leaf)
+        shapes = {path: tuple(leaves[path].shape) for path in names}
+
+        def total(probes, params, batch):
+            rows = None if mask is None else mask(batch)
+            outputs = jax.tree.leaves(apply(_attach(params, probes, rows, names, layout), batch))
+            return sum(jnp.sum(o) for o in outputs if jnp.issubdtype(o.dtype, jnp.floating))
+
+        def measure(params, batch):
+            probes = {p: _zeros(names[p], layout[p], shapes[p]) for p in names}
+            return jax.grad(total)(probes, params, batch)
+
+        def merge(path, a, b):
+            return jnp.maximum(a, b) if path.endswith("/max") else a + b
+
+        self._measure = jax.jit(measure)
+        # the old sums are dead: a gram of every layer is not held twice
+        self._merge = jax.jit(functools.partial(paths.map_with_path, merge), donate_argnums=0)
+
+    def add(self, batch: Any) -> None:
+        """Counts one more batch in.
+
+        Raises:
+          FloraError: a weight was never contracted; ``max`` of a weight that is used twice.
+        """
+        new = self._measure(self._params, batch)
+        if not self.batches:
+            for path, found in new.items():
+                _check_uses(path, found["uses"], self._names[path])
+        self._sums = self._merge(self._sums, new) if self.batches else new
+        self.batches += 1
+
+    @property
+    def stats(self) -> dict[str, Probe]:
+        """``{path: {statistic: array}}`` of all batches so far.
+
+        Raises:
+          FloraError: there were none.
+        """
+        if not self.batches:
+            raise FloraError("no batches: there is nothing to take statistics of")
+        return {path: {n: s[n] for n in self._names[path]} for path, s in self._sums.items()}
 
 
 def _zeros(names: tuple[str, ...], spec: KernelSpec, shape: tuple[int, ...]) -> Probe:
@@ -252,15 +338,14 @@ def _attach(params, probes, mask, names, layout):
         spec = layout[path]
         stack = spec.stack_shape(tuple(leaf.shape))
         rows = None if mask is None else jnp.broadcast_to(mask, (*stack, *mask.shape))
-        return Observed(leaf, probes[path], rows, names, spec.unstacked())
+        return Observed(leaf, probes[path], rows, names[path], spec.unstacked(), path)
 
     return paths.map_with_path(one, params, is_leaf=is_leaf)
 
 
-def _check_uses(uses: dict[str, jax.Array], names: tuple[str, ...]) -> None:
-    for path, count in uses.items():
-        count = np.asarray(count)
-        if (count == 0).any():
-            raise FloraError(f"{path}: the model never contracted this weight")
-        if "max" in names and (count > 1).any():
-            raise FloraError(f"{path}: used {int(count.max())} times in a pass; 'max' is not sound")
+def _check_uses(path: str, count: jax.Array, names: tuple[str, ...]) -> None:
+    count = np.asarray(count)
+    if (count == 0).any():
+        raise FloraError(f"{path}: the model never contracted this weight")
+    if "max" in names and (count > 1).any():
+        raise FloraError(f"{path}: used {int(count.max())} times in a pass; 'max' is not sound")

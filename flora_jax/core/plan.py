@@ -121,6 +121,16 @@ class Plan:
         """Trained numbers in all."""
         return sum(owner.count for owner in self.owners)
 
+    def shapes(self) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
+        """The adapters that the plan calls for, ``{path: {name: ShapeDtypeStruct}}``."""
+        return {
+            owner.path: {
+                name: jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+                for name, shape, dtype in (*owner.train, *owner.frozen)
+            }
+            for owner in self.owners
+        }
+
     def to_json(self) -> str:
         """The plan as JSON text; :meth:`from_json` gives an equal plan."""
         return json.dumps({"version": 1, "entries": [e.to_json() for e in self]}, indent=1)

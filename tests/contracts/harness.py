@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import flora_jax as flora
 from flora_jax.core import ops
+from flora_jax.core.paths import block_indices
 from flora_jax.core.registry import method_of
 from flora_jax.core.spec import KernelSpec
 
@@ -37,6 +40,8 @@ ADAPTERS: dict[str, tuple[Any, int]] = {
         flora.Compacter(bottleneck=4, n=2, factorized=False, shared=False),
         2 * 8 * 4 // 2 + 4 + 8 + 2 * 2**3,
     ),
+    "KORE": (flora.KORE(rank=3, scale=0.5), 3 * 8),
+    "KORE-both": (flora.KORE(rank=3, train_a=True), 3 * 20),
 }
 # Methods that start near the identity, not at it: the largest change of the output at init, as a
 # share of its norm. What their papers and codes do; see docs/methods.md.
@@ -138,6 +143,10 @@ REFUSED = {
     ("Compacter", "tied-head"),
     ("Compacter-phm", "embedding"),
     ("Compacter-phm", "tied-head"),
+    ("KORE", "embedding"),
+    ("KORE", "tied-head"),
+    ("KORE-both", "embedding"),
+    ("KORE-both", "tied-head"),
 }
 PAIRS = [(a, l) for a in ADAPTERS for l in LAYERS if (a, l) not in REFUSED]
 
@@ -151,6 +160,29 @@ def base_params(layer: Layer, dtype=jnp.float32) -> dict[str, Any]:
 
 def make_plan(layer: Layer, adapter: Any, params: Any) -> flora.Plan:
     return flora.plan(params, {layer.name: adapter}, specs={layer.name: layer.spec})
+
+
+def make_stats(plan: flora.Plan) -> dict[str, dict[str, jax.Array]]:
+    """What calibration would find on random inputs; of each layer the same, scanned or not."""
+
+    def one(entry, layer: int) -> dict[str, np.ndarray]:
+        *batch, n_in, _ = entry.spec.unstacked().canonical_shape(entry.kernel_shape)
+        x = np.random.default_rng(layer).normal(size=(*batch, 2 * n_in, n_in)) + 0.5
+        found = {"gram": np.swapaxes(x, -1, -2) @ x, "sum": x.sum(-2), "count": np.array(2 * n_in)}
+        return {name: found[name].astype(np.float32) for name in entry.adapter.statistics}
+
+    def stacked(entry) -> dict[str, np.ndarray]:
+        if not entry.stack:
+            return one(entry, sum(block_indices(entry.path)))
+        layers = [one(entry, layer) for layer in range(math.prod(entry.stack))]
+        return {n: np.stack([layer[n] for layer in layers]) for n in entry.adapter.statistics}
+
+    return {entry.path: stacked(entry) for entry in plan if entry.adapter.statistics}
+
+
+def fresh(plan: flora.Plan, params: Any, seed: int = 0) -> Any:
+    """``flora.init`` with statistics for the methods that start from their inputs."""
+    return flora.init(plan, jax.random.key(seed), params, stats=make_stats(plan))
 
 
 def random_like(tree: Any, seed: int = 11) -> Any:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import ADAPTERS, LAYERS, PAIRS, REFUSED, make_plan, perturbed, run
+from harness import ADAPTERS, LAYERS, PAIRS, REFUSED, fresh, make_plan, perturbed, run
 
 import flora_jax as flora
 from flora_jax.core import ops
@@ -43,7 +43,7 @@ def test_identity_lazy_dense_and_gradients(name, kind):
     layer, adapter = LAYERS[kind], ADAPTERS[name][0]
     params, x = harness.base_params(layer), layer.x()
     plan = make_plan(layer, adapter, params)
-    adapters = flora.init(plan, jax.random.key(0), params)
+    adapters = fresh(plan, params)
 
     @jax.jit
     def everything(params, adapters, x):
@@ -101,7 +101,7 @@ def test_bfloat16_base_float32_adapter(name, kind):
     x = layer.x()
     x = x if kind == "embedding" else x.astype(jnp.bfloat16)
     plan = make_plan(layer, adapter, params)
-    adapters = perturbed(plan, flora.init(plan, jax.random.key(0), params))
+    adapters = perturbed(plan, fresh(plan, params))
     bound = flora.bind(params, adapters, plan)
     lazy = run(layer, bound, x)
     assert lazy.dtype == jnp.bfloat16
@@ -121,7 +121,7 @@ def test_quantised_base(name, fmt):
     low = flora.quantize(params, {layer.name: fmt})
     plain = flora.dequantize(low)
     plan = make_plan(layer, adapter, low)
-    adapters = perturbed(plan, flora.init(plan, jax.random.key(0), low))
+    adapters = perturbed(plan, fresh(plan, low))
     x = layer.x()
     bound = flora.bind(low, adapters, plan)
     close(run(layer, bound, x), run(layer, flora.bind(plain, adapters, plan), x), 2e-5)
@@ -149,8 +149,8 @@ def test_stack_equals_loop_and_scan(name):
     plan = flora.plan(stacked, {"layers/kernel": adapter})
     plans = flora.plan(unrolled, {"layers/kernel": adapter})
     assert plan.count == plans.count
-    adapters = flora.init(plan, jax.random.key(0), stacked)
-    loop = flora.init(plans, jax.random.key(0), unrolled)
+    adapters = fresh(plan, stacked)
+    loop = fresh(plans, unrolled)
     pools = [pool.path for pool in plan.pools]
     assert pools == [pool.path for pool in plans.pools]
     for i in range(3):
@@ -193,8 +193,8 @@ def test_two_named_adapters_add_their_changes(name):
     params, x = harness.base_params(layer), LAYERS["dense"].x()
     plan = make_plan(layer, adapter, params)
     lora = make_plan(layer, flora.LoRA(rank=2), params)
-    one = perturbed(plan, flora.init(plan, jax.random.key(0), params))
-    two = perturbed(lora, flora.init(lora, jax.random.key(1), params))
+    one = perturbed(plan, fresh(plan, params))
+    two = perturbed(lora, fresh(lora, params, 1))
     plans, trees = {"one": plan, "two": lora}, {"one": one, "two": two}
     weights = {"one": 0.5, "two": -2.0}
     both = flora.bind(params, trees, plans, weights=weights)
@@ -228,10 +228,9 @@ def test_rows_choose_among_adapters(name, kind):
     x = jnp.concatenate([x, 0 * x, x])[:5] if kind != "embedding" else jnp.tile(x, (3, 1))[:5]
     plan = make_plan(layer, adapter, params)
     lora = make_plan(layer, flora.LoRA(rank=2), params)
-    fresh = flora.init(plan, jax.random.key(0), params)
-    one = perturbed(plan, fresh)
+    one = perturbed(plan, fresh(plan, params))
     two = perturbed(plan, one)
-    three = perturbed(lora, flora.init(lora, jax.random.key(1), params))
+    three = perturbed(lora, fresh(lora, params, 1))
     plans = {"one": plan, "two": plan, "three": lora}
     trees = {"one": one, "two": two, "three": three}
 
@@ -256,8 +255,7 @@ def test_dropout_touches_the_branch_only_while_training(name):
     adapter = dataclasses.replace(ADAPTERS[name][0], dropout=0.5)
     params, x = harness.base_params(layer), layer.x()
     plan = make_plan(layer, adapter, params)
-    fresh = flora.init(plan, jax.random.key(0), params)
-    moved = perturbed(plan, fresh)
+    moved = perturbed(plan, fresh(plan, params))
     key = jax.random.key(1)
     plain = run(layer, flora.bind(params, moved, plan), x)
     asleep = run(layer, flora.bind(params, moved, plan, rng=key, train=False), x)

@@ -8,7 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 import flora_jax as flora
 from flora_jax.core import ops
-from flora_jax.core.errors import FloraError, RuleError
+from flora_jax.core.errors import FloraError, PlanError, RuleError
 from flora_jax.core.spec import KernelSpec
 from flora_jax.linen.layers import Dense
 
@@ -83,6 +83,57 @@ def test_convolution_rows_are_patches_in_kernel_order():
     np.testing.assert_allclose(stats["sum"] @ flat, y.sum((0, 1, 2)), rtol=1e-3, atol=1e-3)
     energy = np.einsum("bhwo,bhwp->op", y, y)
     np.testing.assert_allclose(flat.T @ stats["gram"] @ flat, energy, rtol=1e-3, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"groups": 2},
+        {"groups": 2, "strides": 2, "padding": "VALID"},
+        {"transpose": True, "strides": 2},
+        {"transpose": True, "strides": (3, 1), "padding": "VALID"},
+        {"transpose": True, "strides": 2, "rhs_dilation": 2},
+        {"transpose": True, "strides": 2, "padding": ((1, 1), (0, 2))},
+    ],
+    ids=str,
+)
+def test_grouped_and_transposed_convolutions(how):
+    """sum and gram of the rows give the sum and the energy of the outputs, group by group."""
+    groups = how.get("groups", 1)
+    w = jax.random.normal(jax.random.key(0), (3, 2, 4, 6))
+    x = jax.random.normal(jax.random.key(1), (2, 6, 7, 4 * groups))
+    spec = KernelSpec.conv(2, groups=groups, transpose=how.get("transpose", False))
+    run = lambda p, x: ops.conv(x, p["kernel"], **how)
+    found = flora.observe(
+        run, {"kernel": w}, ["kernel"], [x], statistics=("gram", "sum"), specs={"kernel": spec}
+    )["kernel"]
+    y = run({"kernel": w}, x).reshape(-1, groups, 6 // groups)
+    flat = spec.canonical(w).reshape(groups, 24, 6 // groups)
+    sums = jnp.einsum("gi,gio->go", found["sum"].reshape(groups, 24), flat)
+    np.testing.assert_allclose(sums, y.sum(0), rtol=1e-3, atol=1e-3)
+    gram = found["gram"].reshape(groups, 24, 24)
+    energy = jnp.einsum("gio,gij,gjp->gop", flat, gram, flat)
+    np.testing.assert_allclose(energy, jnp.einsum("ngo,ngp->gop", y, y), rtol=1e-3, atol=1e-2)
+
+
+def test_one_mask_fits_rows_of_more_and_of_fewer_axes():
+    keep = jnp.array([[1, 0, 1], [0, 0, 0]])
+    params = {"kernel": jnp.ones((6, 5)), "head": {"kernel": jnp.ones((5, 2))}}
+
+    def run(p, x):
+        return ops.dot(ops.dot(x, p["kernel"]).mean(1), p["head"]["kernel"])
+
+    x = jax.random.normal(jax.random.key(0), (2, 3, 6))
+    count = lambda mask, x=x: {
+        path: int(found["count"])
+        for path, found in flora.observe(
+            run, params, [".*"], [x], statistics=("count",), mask=lambda _: mask
+        ).items()
+    }
+    assert count(keep) == {"kernel": 2, "head/kernel": 1}
+    assert count(jnp.array([0, 1])) == {"kernel": 3, "head/kernel": 1}
+    with pytest.raises(PlanError, match=r"kernel: a mask of shape \(4,\) for rows"):
+        count(jnp.ones(4))
 
 
 def test_embedding_counts_and_expert_batches():
