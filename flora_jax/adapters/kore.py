@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from flora_jax.core.adapter import Adapter, check_rank
 from flora_jax.core.errors import PlanError
+from flora_jax.core.linalg import SVD, fix_signs, svd
 from flora_jax.core.operators import LowRank, transpose
 from flora_jax.core.registry import register
 from flora_jax.core.structured import branch
@@ -83,15 +84,13 @@ class KORE(Adapter):
     def factors(self, weight: jax.Array, gram: jax.Array) -> tuple[jax.Array, jax.Array]:
         """``a0, b0`` of a float32 canonical weight ``[..., in, out]`` and its inputs' gram matrix.
 
-        The largest entry of each column of a0 is positive: signs do not depend on the solver.
+        The largest entry of each column of a0 is positive.
         """
         null = null_space(gram, self.rank)
         times = lambda x, y: jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
-        inner, s, right = jnp.linalg.svd(times(transpose(null), weight), full_matrices=False)
-        left = times(null, inner)
-        top = jnp.take_along_axis(left, jnp.argmax(jnp.abs(left), axis=-2, keepdims=True), axis=-2)
-        root = jnp.sqrt(s / self.scale)[..., None, :] * jnp.where(top < 0, -1.0, 1.0)
-        return left * root, transpose(root) * right
+        small = svd(times(transpose(null), weight))
+        left, right = fix_signs(times(null, small.u), small.vt)
+        return SVD(left, small.s / self.scale, right).split()
 
     def operator(self, params, spec, ctx):
         started = "b0" in params  # rebase folds the start into the base

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from flora_jax.adapters import DoRA, LoRA, OLoRA, PiSSA, VeRA
+from flora_jax.adapters import KORE, DoRA, LoRA, OLoRA, PiSSA, VeRA
 from flora_jax.core.adapter import PRNG
 from flora_jax.core.errors import PlanError, StructureError
 from flora_jax.core.plan import Entry
@@ -61,7 +61,10 @@ def write(row: Row, table: list[layouts.Layout], arrays: Arrays) -> None:
 
 
 def export_lora(rows: list[Row], model: Model) -> tuple[Arrays, Keys]:
-    """LoRA, DoRA, PiSSA and OLoRA as ``lora_A``, ``lora_B`` (and magnitudes)."""
+    """LoRA, DoRA, EVA, PiSSA, OLoRA and KORE as ``lora_A``, ``lora_B`` (and magnitudes)."""
+    for row in rows:
+        if isinstance(row.entry.adapter, KORE):
+            _kore_as_lora(row)
     dora = common(rows, "use_dora", lambda row: isinstance(row.entry.adapter, DoRA))
     bias = common(rows, "lora_bias", lambda row: row.entry.adapter.use_bias)
     plain = [row for row in rows if row.entry.spec.kind != "embedding"]
@@ -114,16 +117,36 @@ def _alpha(adapter: LoRA, rank: int, rslora: bool) -> int | float:
     return int(alpha) if float(alpha).is_integer() else alpha
 
 
+def _kore_as_lora(row: Row) -> None:
+    """``s a0 (b - b0)``: a LoRA of the same rank; of rank 2r where a trains too."""
+    kore, arrays = row.entry.adapter, row.arrays
+    if "b0" not in arrays:
+        raise _folded(row.entry.path)
+    wide = {name: arrays[name].astype(arrays["b"].dtype) for name in arrays}
+    if kore.train_a:
+        a = np.concatenate([wide["a"], wide["a0"]], axis=1)
+        pair = {"a": a, "b": np.concatenate([wide["b"], -wide["b0"]], axis=0)}
+    else:
+        pair = {"a": wide["a0"], "b": wide["b"] - wide["b0"]}
+    rank = pair["a"].shape[1]
+    lora = LoRA(rank=rank, alpha=kore.scale * rank, dropout=kore.dropout)
+    row.entry, row.arrays = dataclasses.replace(row.entry, adapter=lora), pair
+
+
+def _folded(path: str) -> StructureError:
+    return StructureError(
+        f"{path}: a0 and b0 were folded into the base (flora_jax.rebase); save the "
+        "adapters from before that, with a and b as trained"
+    )
+
+
 def _difference(row: Row) -> Arrays:
     """``s(a b - a0 b0)`` as one low-rank product ``[a, a0] [b; -b0]``."""
     arrays = row.arrays
     if not isinstance(row.entry.adapter, (PiSSA, OLoRA)):
         return arrays
     if "a0" not in arrays:
-        raise StructureError(
-            f"{row.entry.path}: a0 and b0 were folded into the base (flora_jax.rebase); save the "
-            "adapters from before that, with a and b as trained"
-        )
+        raise _folded(row.entry.path)
     a0, b0 = (arrays[n].astype(arrays[n[0]].dtype) for n in ("a0", "b0"))
     a = np.concatenate([arrays["a"], a0], axis=1)
     return arrays | {"a": a, "b": np.concatenate([arrays["b"], -b0], axis=0)}

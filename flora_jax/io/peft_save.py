@@ -39,7 +39,8 @@ def save_peft(
     """An HF-PEFT folder of one type of ``io/peft_types.py``, Replace as modules_to_save or bias.
 
     PiSSA and OLoRA are written as the LoRA of rank 2r that they are on the original base:
-    ``A' = [A; A0]``, ``B' = [B, -B0]``. VeRA is written with its projections. In a scanned stack,
+    ``A' = [A; A0]``, ``B' = [B, -B0]``; KORE as the one of rank r, ``A' = A0``, ``B' = B - B0``.
+    VeRA is written with its projections. In a scanned stack,
     rank components that are zero are left out layer by layer, and a LoRA that is zero in a layer
     is not written for it.
 

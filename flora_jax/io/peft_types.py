@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flora_jax.adapters import IA3, LoRA, VeRA
+from flora_jax.adapters import IA3, KORE, LoRA, VeRA
 from flora_jax.io.peft_config import PeftType, check_lora, keys
 from flora_jax.io.peft_export import export_ia3, export_lora, export_vera, tie_lora
 from flora_jax.io.peft_methods import IA3Reader, LoRAReader, VeRAReader
@@ -21,7 +21,7 @@ LORA = PeftType(
     ),
     kinds=("dense", "conv", "embedding"),
     conv1d=True,
-    adapters=(LoRA,),
+    adapters=(LoRA, KORE),
     read=LoRAReader,
     write=export_lora,
     check=check_lora,

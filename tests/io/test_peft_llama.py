@@ -66,6 +66,13 @@ class Pair:
     def save(self, folder, adapters, plan, **kw):
         io.save_peft(folder, adapters, plan, self.params, self.model, **kw)
 
+    def init(self, plan):
+        """Fresh adapters, calibrated where the plan asks for it (not on IDS: KORE leaves those)."""
+        run = lambda p, ids: self.model.apply({"params": p}, ids)[0]
+        ids = np.random.default_rng(5).integers(0, 40, (9, 12))
+        stats = flora.calibrate(run, self.params, plan, [jnp.asarray(ids)])
+        return flora.init(plan, jax.random.key(0), self.params, stats=stats)
+
     def ours(self, plan, adapters):
         return np.asarray(self.apply(flora.bind(self.params, adapters, plan)))
 
@@ -187,6 +194,11 @@ MADE_HERE = {
         r".*/up_proj/kernel": flora.OLoRA(rank=2, rslora=True),
         r".*/o_proj/kernel": flora.LoRA(rank=2),
     },
+    "kore": {r".*/(q|down)_proj/kernel": flora.KORE(rank=2, scale=0.5)},
+    "kore-both-and-lora": {
+        r".*/up_proj/kernel": flora.KORE(rank=2, train_a=True),
+        r".*/o_proj/kernel": flora.LoRA(rank=2),
+    },
     "dora": {r".*/(k|up)_proj/kernel": flora.DoRA(rank=2)},
     "vera": {r"layers/.*/(q|k|down)_proj/kernel": flora.VeRA(rank=5, seed=3)},
     "vera-stored": {r".*/(gate|o)_proj/kernel": flora.VeRA(rank=5, stored=True)},
@@ -211,13 +223,23 @@ MADE_HERE = {
 @pytest.mark.parametrize("case", MADE_HERE)
 def test_adapters_made_here(pair, tmp_path, case):
     plan = flora.plan(pair.params, MADE_HERE[case])
-    adapters = perturbed(flora.init(plan, jax.random.key(0), pair.params), plan)
+    adapters = perturbed(pair.init(plan), plan)
     pair.save(tmp_path, adapters, plan, base_model="some/base", task_type="CAUSAL_LM")
     expected = pair.ours(plan, adapters)
     assert np.abs(expected - logits(pair.hf)).max() > 0.01
     np.testing.assert_allclose(logits(pair.reload(tmp_path)), expected, atol=1e-4)
     again = pair.load(tmp_path)
     np.testing.assert_allclose(pair.ours(*again), expected, atol=1e-4)
+
+
+def test_kore_is_a_lora_of_its_own_rank(pair, tmp_path):
+    plan = flora.plan(pair.params, {r".*/q_proj/kernel": flora.KORE(rank=3, scale=0.5)})
+    adapters = perturbed(pair.init(plan), plan)
+    pair.save(tmp_path / "a", adapters, plan)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (3, 1.5)
+    with pytest.raises(FloraError, match="folded into the base"):
+        pair.save(tmp_path / "b", flora.rebase(pair.params, adapters, plan)[1], plan)
 
 
 def test_configuration_is_short(pair, tmp_path):
