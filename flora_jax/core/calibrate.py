@@ -121,4 +121,3 @@ class Calibration:
             told = path if not seen[1].any() else (size[path], *(a.tobytes() for a in seen))
             out[path] = leader.setdefault(told, path)
         return out
-
