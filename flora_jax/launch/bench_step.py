@@ -11,7 +11,7 @@ import jax
 
 from flora_jax import training
 from flora_jax.launch import arguments, setup
-from flora_jax.launch.plan_command import step_cost
+from flora_jax.launch.measure import step_cost
 from flora_jax.launch.train import complete
 
 EXAMPLE = "flora bench step --gin_file=runs/finetune_lm.gin --gin.adapter=@DoRA --steps 10"

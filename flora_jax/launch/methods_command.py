@@ -1,4 +1,4 @@
-"""Lists the registered methods: family, name, trained numbers, paper, arXiv id."""
+"""Lists the registered methods: family, name, arXiv id, whether it merges, PEFT type, count."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ def run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps([_plain(row) for row in rows], indent=1))
         return 0
-    lines = [("family", "name", "arXiv", "merges", "trained numbers", "paper")]
+    lines = [("family", "name", "arXiv", "merges", "HF PEFT", "trained numbers", "paper")]
     for row in rows:
         merges = "yes" if row.mergeable else "no"
-        lines.append((row.family, row.name, row.arxiv, merges, row.parameters, row.paper))
-    widths = [max(len(line[column]) for line in lines) for column in range(6)]
+        peft = row.peft or "-"
+        lines.append((row.family, row.name, row.arxiv, merges, peft, row.parameters, row.paper))
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
     return 0

@@ -90,8 +90,13 @@ class Setup:
 
     def table(self) -> str:
         """The plan as a table, with the trained share."""
+        return self.plan.table(self.parameters)
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in the base."""
         leaves = flatten(self.base, is_leaf=is_leaf).values()
-        return self.plan.table(sum(math.prod(leaf.shape) for leaf in leaves))
+        return sum(math.prod(leaf.shape) for leaf in leaves)
 
     def identity(self) -> Identity:
         """What its checkpoints belong to."""

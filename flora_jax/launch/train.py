@@ -7,22 +7,27 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from flora_jax import training
 from flora_jax.adapters import Replace
 from flora_jax.config import entry_point
 from flora_jax.core.adapter import Adapter
+from flora_jax.core.errors import ConfigError
 from flora_jax.core.plan import Plan
 from flora_jax.core.registry import method_of, methods
 from flora_jax.launch import setup as setups
 from flora_jax.launch.execute import Preempted
+from flora_jax.launch.measure import step_cost
 from flora_jax.launch.subjects import Source
-from flora_jax.training.run_dir import write_text
+from flora_jax.training.run_dir import RunDir, write_text
 
 
 def train(
@@ -48,6 +53,8 @@ def train(
     checkpoint_every: int | None = None,
     prompt: str = "The",
     sample_tokens: int = 24,
+    measure: bool = False,
+    loss_at: tuple[int, ...] = (),
     out: str | None = None,
 ) -> dict[str, float]:
     """Trains adapters on a frozen model; prints and returns the figures before and after.
@@ -74,13 +81,17 @@ def train(
       eval_batch_size: of held-out batches; ``batch_size`` by default.
       checkpoint_every: save each so many steps too; the last step is always saved.
       prompt, sample_tokens: a language model continues the prompt before and after.
+      loss_at: report the training loss of these steps too, as ``loss_at_<step>``; each has to be
+        one that ``log_every`` logs.
+      measure: report ``peak_bytes`` and ``temp_bytes`` of the compiled step too (a second compile).
       out: the run folder; None keeps nothing.
 
     Returns:
       ``perplexity`` or ``accuracy`` and its ``..._before``; on the task that a small base was made
       for ``retention`` (accuracy) and ``forgetting`` (its cross-entropy after minus before);
       ``trained`` numbers and how many of them are ``trained_adapters`` (not weights trained whole,
-      such as a fresh head); ``seconds``, ``seconds_per_step``.
+      such as a fresh head); ``parameters`` of the model, ``adapter_bytes`` of a checkpoint;
+      ``seconds``, ``seconds_per_step``.
     """
     options = complete(locals())
     with contextlib.ExitStack() as stack:
@@ -94,6 +105,7 @@ def train(
         started = time.time()
         result = _fit(setup, folder)
         seconds = time.time() - started
+        early = _losses(RunDir(folder), options["loss_at"])
     after = setup.judge(result.state)
     _report("after", after, setup.sample(result.state))
     retained = _retained(setup, result.state)
@@ -101,6 +113,11 @@ def train(
         print(_next_commands(out, setup))
     figures = {**after, **{f"{k}_before": v for k, v in before.items()}}
     counts = {"trained": setup.plan.count, "trained_adapters": _in_adapters(setup.plan)}
+    counts |= {"parameters": setup.parameters, "adapter_bytes": _adapter_bytes(setup.plan)}
+    counts |= early
+    if options["measure"]:
+        cost = step_cost(setup)
+        counts |= {name: cost[name] for name in ("peak_bytes", "temp_bytes")}
     return {**figures, **retained, **counts, "seconds": seconds, **_speed(result.metrics)}
 
 
@@ -113,6 +130,22 @@ def _retained(setup: setups.Setup, state: training.TrainState) -> dict[str, floa
     print(f"retention: {after['retention']:.2f} % (before {before['retention']:.2f} %)")
     forgetting = after["retention_nll"] - before["retention_nll"]
     return {**after, "retention_before": before["retention"], "forgetting": forgetting}
+
+
+def _losses(run: RunDir, steps: Sequence[int]) -> dict[str, float]:
+    """The logged training losses of some steps."""
+    logged = {line["step"]: line["loss"] for line in run.metrics()}
+    for step in steps:
+        if step not in logged:
+            near = sorted(logged, key=lambda s: abs(s - step))[:3]
+            raise ConfigError(f"train.loss_at: step {step} is not logged; nearest: {near}")
+    return {f"loss_at_{step}": logged[step] for step in steps}
+
+
+def _adapter_bytes(plan: Plan) -> int:
+    """Bytes of the adapters' arrays in a checkpoint, frozen ones included."""
+    arrays = (array for owner in plan.owners for array in (*owner.train, *owner.frozen))
+    return sum(math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in arrays)
 
 
 def _in_adapters(plan: Plan) -> int:
