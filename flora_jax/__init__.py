@@ -30,6 +30,12 @@ from flora_jax.core.plan import Plan as Plan
 from flora_jax.core.plan import plan as plan
 from flora_jax.core.registry import methods as methods
 from flora_jax.core.spec import KernelSpec as KernelSpec
+from flora_jax.engine import AdapterBank as AdapterBank
+from flora_jax.engine import combine_adapters as combine_adapters
+from flora_jax.engine import extract_lora as extract_lora
+from flora_jax.engine import pad_rank as pad_rank
+from flora_jax.engine import requantize as requantize
+from flora_jax.engine import to_lora as to_lora
 from flora_jax.quant import Format as Format
 from flora_jax.quant import QArray as QArray
 from flora_jax.quant import dequantize as dequantize

@@ -14,6 +14,7 @@ LEVELS = [
     {"core"},
     {"quant", "kernels"},
     {"adapters", "attention", "merging"},
+    {"engine"},
     {"models", "linen", "nnx", "io"},
     {"data", "training", "evaluation", "analysis"},
     {"launch", "config", "cli"},
@@ -52,7 +53,7 @@ def test_dependencies_point_one_way():
 
 def test_the_core_knows_no_flax_and_no_gin():
     allowed = CORE_MAY | set(sys.stdlib_module_names)
-    pure = ("core", "quant", "adapters", "attention", "merging", "kernels")
+    pure = ("core", "quant", "adapters", "attention", "merging", "engine", "kernels")
     for package, path in modules():
         if package in pure:
             foreign = {name.split(".")[0] for name in imports(path)} - allowed

@@ -17,9 +17,11 @@ from flora_jax.core.adapter import (
     Params,
     output_sizes,
 )
+from flora_jax.core.change import delta_factors
 from flora_jax.core.contraction import Contraction, over_batch
 from flora_jax.core.errors import PlanError
 from flora_jax.core.leaf import Weight, WeightLeaf, attend, contract
+from flora_jax.core.lowrank import Factors, side_by_side
 from flora_jax.core.operators import Base, Inputs, LinearMap, Scale, Sum, delta, terms
 from flora_jax.core.registry import method_of, name_of
 from flora_jax.core.spec import KernelSpec
@@ -155,7 +157,8 @@ class Adapted(_Planned):
 
         return jax.vmap(one)(examples, x)
 
-    def dense(self, dtype=None):
+    def check_linear(self) -> None:
+        """Raise PlanError unless the adapted weight is one weight, whatever the input."""
         for bound in self.bound:
             if bound.example is not None:
                 raise PlanError(f"{name_of(bound.adapter)} gives each row a weight of its own")
@@ -164,8 +167,32 @@ class Adapted(_Planned):
                     f"{name_of(bound.adapter)} is no change of the weight and does not merge; keep "
                     "the base and the adapters beside each other"
                 )
+
+    def dense(self, dtype=None):
+        self.check_linear()
         matrix = self.operator().dense()
         return self.spec.restore(matrix, self.shape).astype(dtype or self.dtype)
+
+    def change(self) -> jax.Array:
+        """``W - W0`` in canonical form ``[.., in, out]``, float32 or better, as one matrix."""
+        self.check_linear()
+        base = Base(self.base, self.spec)
+        change = delta(self.operator(), base)
+        wide = jnp.promote_types(self.dtype, jnp.float32)
+        zero = jnp.zeros(self.spec.canonical_shape(self.shape), wide)
+        return sum((term.dense().astype(wide) for term in terms(change)), zero)
+
+    def change_factors(self) -> Factors | None:
+        """``a, b`` with ``W - W0 = a b`` exactly, or None where the maps do not tell."""
+        self.check_linear()
+        base = Base(self.base, self.spec)
+        parts = []
+        for bound in self.bound:
+            found = delta_factors(bound.expression(base), base)
+            if found is not None and bound.weight is not None:
+                found = (found[0] * bound.weight, found[1])
+            parts.append(found)
+        return side_by_side(parts)
 
 
 def _check_rows(spec: KernelSpec, count: int, x: jax.Array) -> None:

@@ -39,6 +39,18 @@ def _named(adapters: Any, plan: Any) -> list[tuple[str | None, AdapterTree, Plan
     return [(name, adapters[name], plan[name]) for name in adapters]
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """K adapters of one plan in common arrays ``{path: {name: [*stack, K, ...]}}``.
+
+    What :func:`bind` takes in place of K named trees, with ``rows``; a pool's arrays are
+    ``[K, ...]``. ``engine.AdapterBank`` keeps one.
+    """
+
+    arrays: AdapterTree
+
+
 class Use(NamedTuple):
     """One adapter at one weight; ``index`` is the place of its name among the bound adapters."""
 
@@ -64,7 +76,7 @@ def bind(
     With ``rows`` each row n of the batch has ``W_{rows[n]}`` for itself, or ``W0`` where it is -1.
 
     Args:
-      adapters: ``{path: {name: array}}``, or ``{adapter name: such a tree}``.
+      adapters: ``{path: {name: array}}``, ``{adapter name: such a tree}``, or :class:`Stacked`.
       plan: the plan, or ``{adapter name: plan}``.
       weights: per adapter name, arrays or floats (they may be traced: no recompile on change).
       rows: ``[N]`` int32, for a batch of N rows (the leading axis of every layer's input): the
@@ -77,6 +89,10 @@ def bind(
       StructureError: adapters and plan differ; weights and adapter names differ.
       PlanError: a method without a form per row, or without the features it needs.
     """
+    if isinstance(adapters, Stacked):
+        if rows is None or weights is not None or example is not None:
+            raise StructureError("adapters in common arrays take rows, no weights and no example")
+        return _attach_stacked(params, adapters.arrays, plan, rows, rng if train else None)
     named = _named(adapters, plan)
     names = [name for name, _, _ in named]
     if weights is not None and not isinstance(weights, Mapping):
@@ -143,6 +159,11 @@ def _bound(entry: Entry, arrays: Params, key: jax.Array | None, weight: Any) -> 
     return Bound(arrays, dropout, basis, weight, None, None, None, adapter)
 
 
+def sibling_bias(path: str) -> str:
+    """The path of the bias that a layer adds after this kernel."""
+    return path.rpartition("/")[0] + "/bias" if "/" in path else "bias"
+
+
 def _attach(params: Any, found: Mapping[str, list[Use]], picked: jax.Array | None) -> Any:
     leaves = paths.flatten(params, is_leaf=is_leaf)
     missing = [path for path in found if path not in leaves]
@@ -155,17 +176,20 @@ def _attach(params: Any, found: Mapping[str, list[Use]], picked: jax.Array | Non
         leaf = leaves[path]
         if tuple(leaf.shape) != entry.shape:
             raise StructureError(f"{path}: shape {tuple(leaf.shape)}, the plan says {entry.shape}")
-        sibling = path.rpartition("/")[0] + "/bias" if "/" in path else "bias"
+        sibling = sibling_bias(path)
         bias = leaves.get(sibling)
         if picked is not None:
             new[path] = _mixed(path, leaf, uses, bias, picked)
         elif all(use.entry.adapter.value(use.bound.params) is not None for use in uses):
-            new[path] = _replaced(leaf, uses)
+            # A kernel beside it may have come first: what it made of these values stays.
+            new.setdefault(path, _replaced(leaf, uses))
         else:
-            adapted_bias = _bias(uses, bias, path)
+            beside = found.get(sibling, [])
+            adapted_bias = _bias(uses, beside, bias, path)
             if adapted_bias is not None:
                 new[sibling] = adapted_bias
-            bound = tuple(_seeing_bias(use, bias) for use in uses)
+            own = _values(beside)
+            bound = tuple(_seeing_bias(use, own.get(use.index, bias)) for use in uses)
             new[path] = Adapted(leaf, bound, entry.spec.unstacked())
     return paths.map_with_path(lambda path, leaf: new.get(path, leaf), params, is_leaf=is_leaf)
 
@@ -213,17 +237,31 @@ def _bias_change(use: Use, bias: jax.Array | None, path: str) -> jax.Array | Non
     return None if new is None else new - bias
 
 
-def _bias(uses: list[Use], bias: jax.Array | None, path: str) -> jax.Array | None:
-    """The layer's bias after every adapter that touches it, or None."""
+def _bias(
+    uses: list[Use], beside: list[Use], bias: jax.Array | None, path: str
+) -> jax.Array | None:
+    """The layer's bias after every adapter that touches it, or None.
+
+    ``beside`` are those that replace the bias itself: a kernel's adapter then starts from the value
+    of its own set.
+    """
+    own = _values(beside)
     total = None
     for use in uses:
-        change = _bias_change(use, bias, path)
+        change = _bias_change(use, own.get(use.index, bias), path)
         if change is None:
             continue
         if use.bound.weight is not None:
             change = change * use.bound.weight[..., None]
         total = change if total is None else total + change
-    return None if total is None else bias + total.astype(bias.dtype)
+    if total is None:
+        return None
+    return (_replaced(bias, beside) if beside else bias) + total.astype(bias.dtype)
+
+
+def _values(uses: list[Use]) -> dict[int, jax.Array]:
+    """The new leaf of each set that replaces it, by the set's index."""
+    return {use.index: use.bound.adapter.value(use.bound.params) for use in uses}
 
 
 def _mixed(
@@ -250,8 +288,57 @@ def _group(path: str, uses: list[Use], bias: jax.Array | None, picked: jax.Array
     shifts = [_bias_change(use, bias, path) for use in uses]
     shift = None if shifts[0] is None else join(*shifts)
     hit = picked[:, None] == jnp.array([use.index for use in uses])
-    over = lambda a: jnp.broadcast_to(a, (*stack, *a.shape))
-    return Group(bound, shift, over(jnp.argmax(hit, axis=1)), over(jnp.any(hit, axis=1)))
+    return Group(bound, shift, *_over(stack, jnp.argmax(hit, axis=1), jnp.any(hit, axis=1)))
+
+
+def _over(stack: tuple[int, ...], *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Arrays repeated for every layer of a scanned stack."""
+    return tuple(jnp.broadcast_to(a, (*stack, *a.shape)) for a in arrays)
+
+
+def _attach_stacked(
+    params: Any, arrays: AdapterTree, plan: Plan, rows: jax.Array, key: jax.Array | None
+) -> Any:
+    """:func:`_attach` with rows, for adapters that lie in common arrays already."""
+    leaves = paths.flatten(params, is_leaf=is_leaf)
+    new: dict[str, Any] = {}
+    for entry in plan:
+        leaf = leaves[entry.path]
+        if tuple(leaf.shape) != entry.shape:
+            raise StructureError(
+                f"{entry.path}: shape {tuple(leaf.shape)}, the plan says {entry.shape}"
+            )
+        group = _stacked_group(entry, arrays, plan, leaves.get(sibling_bias(entry.path)), rows, key)
+        new[entry.path] = Mixed(leaf, (group,), entry.spec.unstacked())
+    return paths.map_with_path(lambda path, leaf: new.get(path, leaf), params, is_leaf=is_leaf)
+
+
+def _stacked_group(
+    entry: Entry,
+    arrays: AdapterTree,
+    plan: Plan,
+    bias: jax.Array | None,
+    rows: jax.Array,
+    key: jax.Array | None,
+) -> Group:
+    own, stack = arrays[entry.path], entry.stack
+    at = len(stack)
+    count = jax.tree.leaves(own)[0].shape[at]
+    each = lambda a: jnp.repeat(jnp.expand_dims(a, at), count, at)
+    bound = _seeing_bias(Use(entry, _bound(entry, own, key, None), 0), bias)
+    alike = {name: getattr(bound, name) for name in ("dropout", "basis", "bias")}
+    pool = plan.pool_of(entry.adapter)
+    shared = None if pool is None else dict(arrays[pool.path])
+    if shared is not None:
+        shared = {name: _over(stack, array)[0] for name, array in shared.items()}
+    bound = dataclasses.replace(bound, pool=shared, **jax.tree.map(each, alike))
+    change = lambda params: _bias_change(Use(entry, _bare(params, entry), 0), bias, entry.path)
+    shift = jax.vmap(change, at, at)(own)
+    return Group(bound, shift, *_over(stack, jnp.clip(rows, 0, count - 1), rows >= 0))
+
+
+def _bare(params: Params, entry: Entry) -> Bound:
+    return Bound(params, None, None, None, None, None, None, entry.adapter)
 
 
 def materialize(bound: Any, *, quantized: str = "error") -> Any:

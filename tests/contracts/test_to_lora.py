@@ -1,0 +1,108 @@
+"""Every weight adapter as a LoRA: lossless at full rank, exact where the maps tell their rank."""
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from harness import ADAPTERS, LAYERS, PAIRS, make_plan, perturbed
+
+import flora_jax as flora
+from flora_jax.core.errors import PlanError
+from flora_jax.core.registry import methods, name_of
+
+# Rank of the exact factors on a 12x8 kernel; every other case needs an SVD of its change.
+EXACT = {
+    "LoRA": 4,
+    "LoRA-rs-gaussian": 4,
+    "PiSSA": 6,
+    "OLoRA": 6,
+    "FLoRA": 2,
+    "NOLA": 2,
+    "Hydra": 5,
+    "Hydra-parallel": 2,
+    "Hydra-sequential": 3,
+    "VeRA": 5,
+    "VeRA-stored": 5,
+}
+KINDS = ("dense", "einsum-in", "experts", "conv", "conv-groups", "embedding")
+
+
+def mergeable(name):
+    return {m.name: m.mergeable for m in methods("adapter")}[name_of(ADAPTERS[name][0])]
+
+
+def moved(name, kind):
+    layer = LAYERS[kind]
+    params = harness.base_params(layer)
+    plan = make_plan(layer, ADAPTERS[name][0], params)
+    return params, plan, perturbed(plan, flora.init(plan, jax.random.key(0), params))
+
+
+@pytest.mark.parametrize(("name", "kind"), [p for p in PAIRS if p[1] in KINDS[:1] + KINDS[3:4]])
+def test_full_rank_is_lossless(name, kind):
+    params, plan, adapters = moved(name, kind)
+    if not mergeable(name):
+        with pytest.raises(PlanError, match=LAYERS[kind].name):
+            flora.to_lora(params, adapters, plan, rank=8)
+        return
+    converted, arrays, report = flora.to_lora(params, adapters, plan, rank=8)
+    expected = flora.materialize(flora.bind(params, adapters, plan))
+    found = flora.materialize(flora.bind(params, arrays, converted))
+    for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
+        np.testing.assert_allclose(leaf, wanted, atol=3e-5 * max(1.0, np.abs(wanted).max()))
+    (row,) = (row for row in report if row.form == "lora")
+    assert row.error < 1e-5 and row.rank <= 8
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_exact_without_a_limit(name):
+    params, plan, adapters = moved(name, "dense")
+    converted, arrays, report = flora.to_lora(params, adapters, plan)
+    assert [(row.rank, row.exact) for row in report] == [(EXACT[name], True)]
+    assert converted.count == EXACT[name] * 20 + (8 if "bias" in arrays["kernel"] else 0)
+    expected = flora.materialize(flora.bind(params, adapters, plan))
+    found = flora.materialize(flora.bind(params, arrays, converted))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["LoRA", "FLoRA"])
+def test_exact_on_every_kind_of_kernel(name, kind):
+    params, plan, adapters = moved(name, kind)
+    converted, arrays, report = flora.to_lora(params, adapters, plan)
+    assert report[LAYERS[kind].name].exact
+    layer = LAYERS[kind]
+    run = jax.jit(lambda tree: harness.run(layer, tree, layer.x()))
+    expected = run(flora.bind(params, adapters, plan))
+    found = run(flora.bind(params, arrays, converted))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize("name", ["DoRA", "IA3", "Replace"])
+def test_a_change_of_full_rank_asks_for_a_limit(name):
+    params, plan, adapters = moved(name, "dense")
+    with pytest.raises(PlanError, match=r"kernel: .*give rank="):
+        flora.to_lora(params, adapters, plan)
+
+
+@pytest.mark.parametrize("name", ["DoRA", "Hydra"])
+def test_the_cut_is_the_best_of_its_rank(name):
+    """Eckart-Young: the reported error is that of the singular values left out."""
+    params, plan, adapters = moved(name, "dense")
+    change = flora.materialize(flora.bind(params, adapters, plan))["kernel"] - params["kernel"]
+    s = np.linalg.svd(np.asarray(change, np.float64), compute_uv=False)
+    converted, arrays, report = flora.to_lora(params, adapters, plan, rank=2)
+    np.testing.assert_allclose(
+        report["kernel"].error, np.sqrt((s[2:] ** 2).sum() / (s**2).sum()), rtol=1e-3
+    )
+    kept = flora.materialize(flora.bind(params, arrays, converted))["kernel"] - params["kernel"]
+    np.testing.assert_allclose(
+        np.linalg.norm(change - kept), np.sqrt((s[2:] ** 2).sum()), rtol=1e-3
+    )
+    for energy in (0.5, 0.9, 0.999):
+        rank = int(np.argmax(np.cumsum(s**2) >= energy * (s**2).sum())) + 1
+        _, _, report = flora.to_lora(params, adapters, plan, energy=energy)
+        assert report["kernel"].rank == rank and report["kernel"].energy >= energy - 1e-6
+        _, _, report = flora.to_lora(params, adapters, plan, error=float(np.sqrt(1 - energy)))
+        assert report["kernel"].rank == rank
