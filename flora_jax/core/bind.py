@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from flora_jax.core import paths
-from flora_jax.core.adapted import Adapted, Bound, Group, Mixed
-from flora_jax.core.adapter import PRNG, Adapter, Params, output_sizes
+from flora_jax.core.adapted import Adapted, Bound, Mixed
+from flora_jax.core.adapter import Adapter
 from flora_jax.core.errors import FloraError, PlanError, StructureError
-from flora_jax.core.initialize import AdapterTree, over_stack, path_keys
-from flora_jax.core.leaf import Weight, WeightLeaf, is_leaf
+from flora_jax.core.initialize import AdapterTree, over_stack
+from flora_jax.core.leaf import WeightLeaf, is_leaf
 from flora_jax.core.plan import Entry, Plan, Pool, check_adapters
 from flora_jax.core.registry import name_of
+from flora_jax.core.rows import Stacked, attach_stacked, mixed
+from flora_jax.core.uses import (
+    Use,
+    adapted_bias,
+    bound_of,
+    replaced,
+    seeing_bias,
+    sibling_bias,
+    values,
+)
 
 
 def _named(adapters: Any, plan: Any) -> list[tuple[str | None, AdapterTree, Plan]]:
@@ -37,26 +46,6 @@ def _named(adapters: Any, plan: Any) -> list[tuple[str | None, AdapterTree, Plan
             f"adapters {sorted(adapters)} and plans {sorted(plan)} differ in names"
         )
     return [(name, adapters[name], plan[name]) for name in adapters]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Stacked:
-    """K adapters of one plan in common arrays ``{path: {name: [*stack, K, ...]}}``.
-
-    What :func:`bind` takes in place of K named trees, with ``rows``; a pool's arrays are
-    ``[K, ...]``. ``engine.AdapterBank`` keeps one.
-    """
-
-    arrays: AdapterTree
-
-
-class Use(NamedTuple):
-    """One adapter at one weight; ``index`` is the place of its name among the bound adapters."""
-
-    entry: Entry
-    bound: Bound
-    index: int
 
 
 def bind(
@@ -92,7 +81,7 @@ def bind(
     if isinstance(adapters, Stacked):
         if rows is None or weights is not None or example is not None:
             raise StructureError("adapters in common arrays take rows, no weights and no example")
-        return _attach_stacked(params, adapters.arrays, plan, rows, rng if train else None)
+        return attach_stacked(params, adapters.arrays, plan, rows, rng if train else None)
     named = _named(adapters, plan)
     names = [name for name, _, _ in named]
     if weights is not None and not isinstance(weights, Mapping):
@@ -110,7 +99,9 @@ def bind(
         pools = {pool.adapter: tree[pool.path] for pool in one.pools}
         generated = _generate(one.pools, pools, example)
         for entry in one:
-            bound = _bound(entry, tree[entry.path], key, None if weights is None else weights[name])
+            bound = bound_of(
+                entry, tree[entry.path], key, None if weights is None else weights[name]
+            )
             bound = _with_pool(entry, bound, pools, generated)
             found.setdefault(entry.path, []).append(Use(entry, bound, index))
     return _attach(params, found, rows)
@@ -141,29 +132,6 @@ def _with_pool(entry: Entry, bound: Bound, pools: Any, generated: Mapping[str, A
     return dataclasses.replace(bound, pool=jax.tree.map(repeat, pools[entry.adapter]))
 
 
-def _bound(entry: Entry, arrays: Params, key: jax.Array | None, weight: Any) -> Bound:
-    adapter = entry.adapter
-    frozen = {name for name, _, _ in entry.frozen}
-    arrays = {n: jax.lax.stop_gradient(a) if n in frozen else a for n, a in arrays.items()}
-    dropout = basis = None
-    if key is not None and getattr(adapter, "dropout", 0.0) > 0.0:
-        dropout = jax.random.key_data(path_keys(key, entry.path, entry.stack))
-    if getattr(adapter, "seed", None) is not None:
-        root = jax.random.key(adapter.seed, impl=PRNG)
-        if adapter.shared_basis:
-            basis = jnp.broadcast_to(jax.random.key_data(root), (*entry.stack, 2))
-        else:
-            basis = jax.random.key_data(path_keys(root, entry.path, entry.stack))
-    if weight is not None:
-        weight = jnp.broadcast_to(jnp.asarray(weight, jnp.float32), entry.stack)
-    return Bound(arrays, dropout, basis, weight, None, None, None, adapter)
-
-
-def sibling_bias(path: str) -> str:
-    """The path of the bias that a layer adds after this kernel."""
-    return path.rpartition("/")[0] + "/bias" if "/" in path else "bias"
-
-
 def _attach(params: Any, found: Mapping[str, list[Use]], picked: jax.Array | None) -> Any:
     leaves = paths.flatten(params, is_leaf=is_leaf)
     missing = [path for path in found if path not in leaves]
@@ -179,166 +147,19 @@ def _attach(params: Any, found: Mapping[str, list[Use]], picked: jax.Array | Non
         sibling = sibling_bias(path)
         bias = leaves.get(sibling)
         if picked is not None:
-            new[path] = _mixed(path, leaf, uses, bias, picked)
+            new[path] = mixed(path, leaf, uses, bias, picked)
         elif all(use.entry.adapter.value(use.bound.params) is not None for use in uses):
             # A kernel beside it may have come first: what it made of these values stays.
-            new.setdefault(path, _replaced(leaf, uses))
+            new.setdefault(path, replaced(leaf, uses))
         else:
             beside = found.get(sibling, [])
-            adapted_bias = _bias(uses, beside, bias, path)
-            if adapted_bias is not None:
-                new[sibling] = adapted_bias
-            own = _values(beside)
-            bound = tuple(_seeing_bias(use, own.get(use.index, bias)) for use in uses)
+            new_bias = adapted_bias(uses, beside, bias, path)
+            if new_bias is not None:
+                new[sibling] = new_bias
+            own = values(beside)
+            bound = tuple(seeing_bias(use, own.get(use.index, bias)) for use in uses)
             new[path] = Adapted(leaf, bound, entry.spec.unstacked())
     return paths.map_with_path(lambda path, leaf: new.get(path, leaf), params, is_leaf=is_leaf)
-
-
-def _seeing_bias(use: Use, bias: jax.Array | None) -> Bound:
-    """An adapter of the layer's output has to know the bias that is added after it."""
-    if bias is None or not use.bound.acts:
-        return use.bound
-    entry = use.entry
-    batch, n_out = output_sizes(entry.spec, entry.kernel_shape)
-    outputs = math.prod((*entry.stack, *batch, n_out))
-    if bias.size != outputs:
-        raise PlanError(
-            f"{entry.path}: a bias of shape {bias.shape} for {outputs} outputs; an adapter of the "
-            "output needs one number for each"
-        )
-    return dataclasses.replace(use.bound, bias=bias)
-
-
-def _replaced(leaf: Weight, uses: list[Use]) -> jax.Array:
-    values = [use.bound.adapter.value(use.bound.params) for use in uses]
-    if len(uses) == 1 and uses[0].bound.weight is None:
-        return values[0]
-    total = leaf
-    for use, value in zip(uses, values):
-        change, weight = value - leaf, use.bound.weight
-        weight = jnp.ones(()) if weight is None else weight
-        weight = jnp.reshape(weight, jnp.shape(weight) + (1,) * (change.ndim - jnp.ndim(weight)))
-        total = total + (weight * change).astype(leaf.dtype)
-    return total
-
-
-def _bias_change(use: Use, bias: jax.Array | None, path: str) -> jax.Array | None:
-    """What one adapter adds to the layer's bias, or None."""
-    adapter, entry = use.entry.adapter, use.entry
-    if bias is None:
-        if getattr(adapter, "use_bias", False):
-            raise StructureError(f"{path}: the adapter has a bias, the layer has none")
-        return None
-    if adapter.whole_stack:
-        return None
-    spec = entry.spec.unstacked()
-    f = over_stack(lambda p, b: adapter.bias(p, b, spec), len(entry.stack))
-    new = f(use.bound.params, bias)
-    return None if new is None else new - bias
-
-
-def _bias(
-    uses: list[Use], beside: list[Use], bias: jax.Array | None, path: str
-) -> jax.Array | None:
-    """The layer's bias after every adapter that touches it, or None.
-
-    ``beside`` are those that replace the bias itself: a kernel's adapter then starts from the value
-    of its own set.
-    """
-    own = _values(beside)
-    total = None
-    for use in uses:
-        change = _bias_change(use, own.get(use.index, bias), path)
-        if change is None:
-            continue
-        if use.bound.weight is not None:
-            change = change * use.bound.weight[..., None]
-        total = change if total is None else total + change
-    if total is None:
-        return None
-    return (_replaced(bias, beside) if beside else bias) + total.astype(bias.dtype)
-
-
-def _values(uses: list[Use]) -> dict[int, jax.Array]:
-    """The new leaf of each set that replaces it, by the set's index."""
-    return {use.index: use.bound.adapter.value(use.bound.params) for use in uses}
-
-
-def _mixed(
-    path: str, leaf: Weight, uses: list[Use], bias: jax.Array | None, picked: jax.Array
-) -> Mixed:
-    """A leaf whose rows choose among adapters; those of one configuration are one group."""
-    entry = uses[0].entry
-    if entry.spec.kind not in entry.adapter.kinds or entry.spec.kind in ("vector", "other"):
-        raise PlanError(f"{path}: a {entry.spec.kind} weight cannot differ from row to row")
-    alike: dict[Adapter, list[Use]] = {}
-    for use in uses:
-        if use.entry.adapter.whole_stack or use.bound.example is not None:
-            name = name_of(use.entry.adapter)
-            raise PlanError(f"{path}: {name} has no form in which rows choose among adapters")
-        alike.setdefault(use.entry.adapter, []).append(use)
-    groups = tuple(_group(path, group, bias, picked) for group in alike.values())
-    return Mixed(leaf, groups, entry.spec.unstacked())
-
-
-def _group(path: str, uses: list[Use], bias: jax.Array | None, picked: jax.Array) -> Group:
-    stack = uses[0].entry.stack
-    join = lambda *arrays: jnp.stack(arrays, axis=len(stack))
-    bound = jax.tree.map(join, *(_seeing_bias(use, bias) for use in uses))
-    shifts = [_bias_change(use, bias, path) for use in uses]
-    shift = None if shifts[0] is None else join(*shifts)
-    hit = picked[:, None] == jnp.array([use.index for use in uses])
-    return Group(bound, shift, *_over(stack, jnp.argmax(hit, axis=1), jnp.any(hit, axis=1)))
-
-
-def _over(stack: tuple[int, ...], *arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """Arrays repeated for every layer of a scanned stack."""
-    return tuple(jnp.broadcast_to(a, (*stack, *a.shape)) for a in arrays)
-
-
-def _attach_stacked(
-    params: Any, arrays: AdapterTree, plan: Plan, rows: jax.Array, key: jax.Array | None
-) -> Any:
-    """:func:`_attach` with rows, for adapters that lie in common arrays already."""
-    leaves = paths.flatten(params, is_leaf=is_leaf)
-    new: dict[str, Any] = {}
-    for entry in plan:
-        leaf = leaves[entry.path]
-        if tuple(leaf.shape) != entry.shape:
-            raise StructureError(
-                f"{entry.path}: shape {tuple(leaf.shape)}, the plan says {entry.shape}"
-            )
-        group = _stacked_group(entry, arrays, plan, leaves.get(sibling_bias(entry.path)), rows, key)
-        new[entry.path] = Mixed(leaf, (group,), entry.spec.unstacked())
-    return paths.map_with_path(lambda path, leaf: new.get(path, leaf), params, is_leaf=is_leaf)
-
-
-def _stacked_group(
-    entry: Entry,
-    arrays: AdapterTree,
-    plan: Plan,
-    bias: jax.Array | None,
-    rows: jax.Array,
-    key: jax.Array | None,
-) -> Group:
-    own, stack = arrays[entry.path], entry.stack
-    at = len(stack)
-    count = jax.tree.leaves(own)[0].shape[at]
-    each = lambda a: jnp.repeat(jnp.expand_dims(a, at), count, at)
-    bound = _seeing_bias(Use(entry, _bound(entry, own, key, None), 0), bias)
-    alike = {name: getattr(bound, name) for name in ("dropout", "basis", "bias")}
-    pool = plan.pool_of(entry.adapter)
-    shared = None if pool is None else dict(arrays[pool.path])
-    if shared is not None:
-        shared = {name: _over(stack, array)[0] for name, array in shared.items()}
-    bound = dataclasses.replace(bound, pool=shared, **jax.tree.map(each, alike))
-    change = lambda params: _bias_change(Use(entry, _bare(params, entry), 0), bias, entry.path)
-    shift = jax.vmap(change, at, at)(own)
-    return Group(bound, shift, *_over(stack, jnp.clip(rows, 0, count - 1), rows >= 0))
-
-
-def _bare(params: Params, entry: Entry) -> Bound:
-    return Bound(params, None, None, None, None, None, None, entry.adapter)
 
 
 def materialize(bound: Any, *, quantized: str = "error") -> Any:

@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.core.adapter import Params
-from flora_jax.core.bind import Stacked
 from flora_jax.core.errors import ConfigError, PlanError, unknown
 from flora_jax.core.initialize import AdapterTree
 from flora_jax.core.plan import Entry, Plan, check_adapters
 from flora_jax.core.registry import name_of
+from flora_jax.core.rows import Stacked
 
 
 class AdapterBank:

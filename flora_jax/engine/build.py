@@ -7,11 +7,11 @@ import jax.numpy as jnp
 
 from flora_jax.adapters.lora import LoRA
 from flora_jax.adapters.replace import Replace
-from flora_jax.core.bind import sibling_bias
 from flora_jax.core.errors import PlanError
 from flora_jax.core.initialize import AdapterTree
 from flora_jax.core.plan import Entry, Plan, make_entry
 from flora_jax.core.spec import KernelSpec
+from flora_jax.core.uses import sibling_bias
 from flora_jax.engine.changes import Change
 from flora_jax.engine.compress import Compressed
 from flora_jax.engine.report import Report, Row

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 
 from flora_jax import merging
 from flora_jax.core import paths
-from flora_jax.core.bind import sibling_bias
 from flora_jax.core.errors import ConfigError, PlanError, unknown
 from flora_jax.core.initialize import AdapterTree
 from flora_jax.core.leaf import is_leaf
 from flora_jax.core.plan import Plan
+from flora_jax.core.uses import sibling_bias
 from flora_jax.engine.build import Builder, Converted
 from flora_jax.engine.changes import Change, changes
 from flora_jax.engine.compress import Target, compress, from_matrix

@@ -9,7 +9,6 @@ from harness import ADAPTERS, LAYERS, PAIRS, make_plan, perturbed
 
 import flora_jax as flora
 from flora_jax.core.errors import PlanError
-from flora_jax.core.registry import methods, name_of
 
 # Rank of the exact factors on a 12x8 kernel; every other case needs an SVD of its change.
 EXACT = {
@@ -24,25 +23,23 @@ EXACT = {
     "Hydra-sequential": 3,
     "VeRA": 5,
     "VeRA-stored": 5,
+    "KORE": 3,
+    "KORE-both": 6,
 }
 KINDS = ("dense", "einsum-in", "experts", "conv", "conv-groups", "embedding")
-
-
-def mergeable(name):
-    return {m.name: m.mergeable for m in methods("adapter")}[name_of(ADAPTERS[name][0])]
 
 
 def moved(name, kind):
     layer = LAYERS[kind]
     params = harness.base_params(layer)
     plan = make_plan(layer, ADAPTERS[name][0], params)
-    return params, plan, perturbed(plan, flora.init(plan, jax.random.key(0), params))
+    return params, plan, perturbed(plan, harness.fresh(plan, params))
 
 
 @pytest.mark.parametrize(("name", "kind"), [p for p in PAIRS if p[1] in KINDS[:1] + KINDS[3:4]])
 def test_full_rank_is_lossless(name, kind):
     params, plan, adapters = moved(name, kind)
-    if not mergeable(name):
+    if not harness.merges(name):
         with pytest.raises(PlanError, match=LAYERS[kind].name):
             flora.to_lora(params, adapters, plan, rank=8)
         return
