@@ -7,12 +7,15 @@ from flora_jax import adapters as adapters
 from flora_jax.adapters import IA3 as IA3
 from flora_jax.adapters import KORE as KORE
 from flora_jax.adapters import NOLA as NOLA
+from flora_jax.adapters import OFT as OFT
+from flora_jax.adapters import Bone as Bone
 from flora_jax.adapters import Bottleneck as Bottleneck
 from flora_jax.adapters import Compacter as Compacter
 from flora_jax.adapters import DoRA as DoRA
 from flora_jax.adapters import FLoRA as FLoRA
 from flora_jax.adapters import Hydra as Hydra
 from flora_jax.adapters import LoRA as LoRA
+from flora_jax.adapters import MiSS as MiSS
 from flora_jax.adapters import OLoRA as OLoRA
 from flora_jax.adapters import PiSSA as PiSSA
 from flora_jax.adapters import Replace as Replace

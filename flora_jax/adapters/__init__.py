@@ -8,7 +8,10 @@ from flora_jax.adapters.hydra import Hydra as Hydra
 from flora_jax.adapters.ia3 import IA3 as IA3
 from flora_jax.adapters.kore import KORE as KORE
 from flora_jax.adapters.lora import LoRA as LoRA
+from flora_jax.adapters.miss import Bone as Bone
+from flora_jax.adapters.miss import MiSS as MiSS
 from flora_jax.adapters.nola import NOLA as NOLA
+from flora_jax.adapters.oft import OFT as OFT
 from flora_jax.adapters.pissa import OLoRA as OLoRA
 from flora_jax.adapters.pissa import PiSSA as PiSSA
 from flora_jax.adapters.replace import Replace as Replace

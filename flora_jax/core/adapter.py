@@ -160,6 +160,16 @@ def check_rank(rank: int, spec: KernelSpec, shape: tuple[int, ...], name: str = 
         )
 
 
+def check_divides(name: str, size: int, n: int, what: str) -> None:
+    """Raise PlanError unless ``size >= 1`` divides ``n``; names the nearest sizes that do."""
+    if size >= 1 and n % size == 0:
+        return
+    below = next((d for d in range(min(size, n), 0, -1) if n % d == 0), 1)
+    above = next((d for d in range(max(size, 1), n) if n % d == 0), n)
+    near = " or ".join(map(str, sorted({below, above})))
+    raise PlanError(f"{name}={size} does not divide {what}={n}; nearest: {near}")
+
+
 def batch_dims(spec: KernelSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """``(B,)`` for a kernel with batch axes or groups, else ``()``."""
     return spec.canonical_shape(shape)[:-2]

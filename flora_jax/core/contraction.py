@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,9 +43,13 @@ def over_batch(vector: jax.Array, y: jax.Array) -> jax.Array:
 
 
 class Contraction:
-    """Base class; ``spec`` is the unstacked spec of the kernel, ``shape`` its shape."""
+    """Base class; ``spec`` is the unstacked spec of the kernel, ``shape`` its shape.
+
+    ``flat``: entered inputs are rows ``[..., in]``, so that any map of rows can come first.
+    """
 
     spec: KernelSpec
+    flat = False
 
     def base(self, x: Any, w: jax.Array) -> jax.Array:
         """The layer's own contraction, output in the layer's layout."""
@@ -82,10 +86,18 @@ class Contraction:
         """Apply ``f`` to the last (input channel) axis of the entered input."""
         raise LazyError(f"no input-side map for a {self.spec.kind} kernel")
 
+    def unfold(self, z: Any) -> tuple[Contraction, jax.Array]:
+        """The same contraction of rows ``[..., in]`` (``[B, ..., in]``), and the rows of ``z``."""
+        if not self.flat:
+            raise LazyError(f"the inputs of a {self.spec.kind} kernel are not unfolded into rows")
+        return self, z
+
 
 @dataclasses.dataclass(frozen=True)
 class Dot(Contraction):
     """``y[..., o] = sum_i x[..., i] w[i, o]``, with any number of in and out axes."""
+
+    flat = True
 
     spec: KernelSpec
     shape: tuple[int, ...]
@@ -115,6 +127,8 @@ class Dot(Contraction):
 @dataclasses.dataclass(frozen=True)
 class Einsum(Contraction):
     """``einsum(equation, x, w)``; batch, in and out letters as in ``KernelSpec.einsum``."""
+
+    flat = True
 
     equation: str
     shape: tuple[int, ...]
@@ -245,6 +259,74 @@ class Conv(Contraction):
         n = k.shape[-1]
         shape = (*self.shape[:-1], self.groups * n)
         return self.enter_out(self.convolve(z, self.spec.restore(k, shape)))
+
+    def map_channels(self, z, f):
+        return f(z)
+
+    def unfold(self, z):
+        return Patches(self), self._patches(z)
+
+    def _patches(self, x: jax.Array) -> jax.Array:
+        """Canonical rows ``[(groups,) N, *space, window * channels / groups]``.
+
+        A transposed convolution is the plain one of its input with ``strides - 1`` zeros in
+        between.
+        """
+        window, n = self.shape[:-2], len(self.shape) - 2
+        letters = "".join("HWDUV"[:n])
+        strides, padding, lhs_dilation = self.strides, self.padding, self.lhs_dilation
+        if self.transpose:
+            strides, padding, lhs_dilation = (1,) * n, self._transposed_padding(), self.strides
+        p = lax.conv_general_dilated_patches(
+            x,
+            window,
+            strides,
+            padding,
+            lhs_dilation,
+            self.rhs_dilation,
+            dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+            # The copies must be exact where a float32 product is rounded by default.
+            precision=lax.Precision.HIGHEST,
+        )
+        p = p.reshape(*p.shape[:-1], self.groups, self.shape[-2], *window)
+        p = jnp.moveaxis(jnp.moveaxis(p, n + 2, -1), n + 1, 0)
+        p = p.reshape(*p.shape[: n + 2], -1)
+        return p if self.groups > 1 else p[0]
+
+    def _transposed_padding(self) -> Sequence[tuple[int, int]]:
+        """What ``lax.conv_transpose`` pads its dilated input with."""
+        if not isinstance(self.padding, str):
+            return self.padding
+        window = self.shape[:-2]
+        dilations, pads = self.rhs_dilation or (1,) * len(window), []
+        for size, stride, dilation in zip(window, self.strides, dilations):
+            k = (size - 1) * dilation + 1
+            same = self.padding == "SAME"
+            total = k + stride - 2 + (0 if same else max(k - stride, 0))
+            before = k - 1 if not same or stride > k - 1 else -(-total // 2)
+            pads.append((before, total - before))
+        return pads
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches(Contraction):
+    """A convolution as a product with the rows of its input's patches."""
+
+    conv: Conv
+    flat = True
+
+    @property
+    def spec(self) -> KernelSpec:
+        return self.conv.spec
+
+    def leave(self, y):
+        return self.conv.leave(y)
+
+    def enter_out(self, y):
+        return self.conv.enter_out(y)
+
+    def contract(self, z, k):
+        return mm(z, k, self.conv.precision)
 
     def map_channels(self, z, f):
         return f(z)

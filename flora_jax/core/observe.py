@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 
 from flora_jax.core import paths
-from flora_jax.core.contraction import Contraction, Conv, Lookup
+from flora_jax.core.contraction import Contraction, Lookup
 from flora_jax.core.errors import FloraError, PlanError, unknown
 from flora_jax.core.leaf import Weight, WeightLeaf, contract, dense, is_leaf
 from flora_jax.core.spec import KernelSpec, infer
@@ -86,46 +86,6 @@ def _tap_backward(measure, z, g):
 _tap.defvjp(_tap_forward, _tap_backward)
 
 
-def _patches(how: Conv, x: jax.Array) -> jax.Array:
-    """Convolution inputs as canonical rows ``[(groups,) N, *space, window * channels / groups]``.
-
-    A transposed convolution is the plain one of its input with ``strides - 1`` zeros in between.
-    """
-    window, n = how.shape[:-2], len(how.shape) - 2
-    letters = "".join("HWDUV"[:n])
-    strides, padding, lhs_dilation = how.strides, how.padding, how.lhs_dilation
-    if how.transpose:
-        strides, padding, lhs_dilation = (1,) * n, _transposed_padding(how), how.strides
-    p = lax.conv_general_dilated_patches(
-        x,
-        window,
-        strides,
-        padding,
-        lhs_dilation,
-        how.rhs_dilation,
-        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
-    )
-    p = p.reshape(*p.shape[:-1], how.groups, how.shape[-2], *window)
-    p = jnp.moveaxis(jnp.moveaxis(p, n + 2, -1), n + 1, 0)
-    p = p.reshape(*p.shape[: n + 2], -1)
-    return p if how.groups > 1 else p[0]
-
-
-def _transposed_padding(how: Conv) -> Sequence[tuple[int, int]]:
-    """What ``lax.conv_transpose`` pads its dilated input with."""
-    if not isinstance(how.padding, str):
-        return how.padding
-    window = how.shape[:-2]
-    pads = []
-    for size, stride, dilation in zip(window, how.strides, how.rhs_dilation or (1,) * len(window)):
-        k = (size - 1) * dilation + 1
-        same = how.padding == "SAME"
-        total = k + stride - 2 + (0 if same else max(k - stride, 0))
-        before = k - 1 if not same or stride > k - 1 else -(-total // 2)
-        pads.append((before, total - before))
-    return pads
-
-
 def _rows(mask: jax.Array, shape: tuple[int, ...], path: str) -> jax.Array:
     """A mask for rows of activations of a shape.
 
@@ -171,7 +131,7 @@ class Observed(WeightLeaf):
             both = jnp.stack([x, keep.astype(x.dtype)])
             measure = lambda rows: id_statistics(self.names, rows[0], rows[1], self.shape[0])
             return _tap(_Closed(measure), y, both, self.probe)
-        z = _patches(how, x) if isinstance(how, Conv) else how.enter(x)
+        _, z = how.unfold(how.enter(x))
         return self._record(y, z, how.spec.batched)
 
     def _record(self, y: jax.Array, z: jax.Array, batched: bool) -> jax.Array:

@@ -62,19 +62,24 @@ class Inputs:
         """The inputs with ``f`` applied on the channel axis."""
         return Inputs(self.how, None, self.how.map_channels(self.z, f))
 
+    def unfold(self) -> Inputs:
+        """The inputs as rows ``[..., in]``: a convolution's become patches."""
+        how, rows = self.how.unfold(self.z)
+        return self if how is self.how else Inputs(how, None, rows)
+
 
 class LinearMap:
     """Base class of all maps; see the module docstring.
 
-    ``on_inputs``: as a leading stage it maps the layer's input channels (:meth:`channels`), and the
-    next stage is the one that contracts them.
+    ``on_inputs``: as a leading stage it maps the layer's inputs (:meth:`before`), by default their
+    channels (:meth:`channels`), and the next stage is the one that contracts them.
     """
 
     on_inputs = False
 
     def apply(self, inputs: Inputs) -> jax.Array:
-        kind = inputs.how.spec.kind
-        if kind not in ("dense", "einsum"):
+        if not inputs.how.flat:
+            kind = inputs.how.spec.kind
             raise LazyError(
                 f"{type(self).__name__} has no lazy rule as the first map of a {kind} kernel; "
                 "materialize() the weight or choose another adapter for this path"
@@ -87,6 +92,10 @@ class LinearMap:
     def channels(self, y: jax.Array) -> jax.Array:
         """What an ``on_inputs`` map does to the channels of a layer's input."""
         return self.then(y)
+
+    def before(self, inputs: Inputs) -> Inputs:
+        """What an ``on_inputs`` map makes of a layer's inputs."""
+        return inputs.map(self.channels)
 
     def dense(self) -> jax.Array:
         raise NotImplementedError
@@ -325,7 +334,7 @@ class Compose(LinearMap):
     def apply(self, inputs):
         stages = list(self.stages)
         while len(stages) > 1 and stages[0].on_inputs:
-            inputs = inputs.map(stages.pop(0).channels)
+            inputs = stages.pop(0).before(inputs)
         y = stages[0].apply(inputs)
         for stage in stages[1:]:
             y = stage.then(y)

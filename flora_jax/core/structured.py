@@ -33,18 +33,22 @@ class Diag(LinearMap):
 
 @operator
 class BlockDiag(LinearMap):
-    """``M = blockdiag(blocks)``, blocks ``[n, p, q]``."""
+    """``M = blockdiag(blocks)``, blocks ``[n, p, q]`` or ``[B, n, p, q]``."""
 
     blocks: jax.Array
 
     def then(self, y):
-        n, p, q = self.blocks.shape
+        *batch, n, p, q = self.blocks.shape
         z = y.reshape(*y.shape[:-1], n, p)
-        z = jnp.einsum("...np,npq->...nq", z, self.blocks.astype(y.dtype))
+        b = "b" if batch else ""
+        z = jnp.einsum(f"{b}...np,{b}npq->{b}...nq", z, self.blocks.astype(y.dtype))
         return z.reshape(*y.shape[:-1], n * q)
 
     def dense(self):
-        return jax.scipy.linalg.block_diag(*self.blocks)
+        *batch, n, p, q = self.blocks.shape
+        eye = jnp.eye(n, dtype=self.blocks.dtype)
+        wide = jnp.einsum("...npq,nm->...npmq", self.blocks, eye)
+        return wide.reshape(*batch, n * p, n * q)
 
     @property
     def T(self):
@@ -163,6 +167,43 @@ class Channelwise(LinearMap):
 
     def flops(self):
         return self.window * self.inner.flops()
+
+
+@operator
+class Patchwise(LinearMap):
+    """A map of a layer's whole input: on a convolution, of each patch ``[window * channels]``.
+
+    The patches are formed (``window`` times the input's memory); the kernel is then one product.
+    """
+
+    on_inputs = True
+
+    inner: LinearMap
+
+    def apply(self, inputs):
+        raise LazyError("Patchwise acts on a layer's input; compose it with a kernel map")
+
+    def before(self, inputs):
+        return inputs.unfold().map(self.inner.then)
+
+    def then(self, y):
+        return self.inner.then(y)
+
+    def dense(self):
+        return self.inner.dense()
+
+    def factors(self):
+        return self.inner.factors()
+
+    def identity_factors(self):
+        return self.inner.identity_factors()
+
+    @property
+    def T(self):
+        return Patchwise(self.inner.T)
+
+    def flops(self):
+        return self.inner.flops()
 
 
 @operator

@@ -42,6 +42,13 @@ ADAPTERS: dict[str, tuple[Any, int]] = {
     ),
     "KORE": (flora.KORE(rank=3, scale=0.5), 3 * 8),
     "KORE-both": (flora.KORE(rank=3, train_a=True), 3 * 20),
+    "MiSS": (flora.MiSS(rank=4), 4 * 8),
+    "MiSS-mini": (flora.MiSS(rank=5, mini_r=2), 5 * 2),
+    "MiSS-out": (flora.MiSS(rank=3, share="out"), 3 * 12),
+    "Bone": (flora.Bone(rank=4), 4 * 8),
+    "Bone-col": (flora.Bone(rank=4, group="col"), 4 * 12),
+    "OFT": (flora.OFT(block_size=4), 3 * 6),
+    "OFT-shared": (flora.OFT(blocks=2, block_share=True, neumann_terms=0), 15),
 }
 # Methods that start near the identity, not at it: the largest change of the output at init, as a
 # share of its norm. What their papers and codes do; see docs/methods.md.
@@ -147,6 +154,10 @@ REFUSED = {
     ("KORE", "tied-head"),
     ("KORE-both", "embedding"),
     ("KORE-both", "tied-head"),
+    ("Bone", "embedding"),
+    ("Bone", "tied-head"),
+    ("Bone-col", "embedding"),
+    ("Bone-col", "tied-head"),
 }
 PAIRS = [(a, l) for a in ADAPTERS for l in LAYERS if (a, l) not in REFUSED]
 

@@ -249,7 +249,15 @@ def test_rows_choose_among_adapters(name, kind):
         flora.materialize(flora.bind(params, trees, plans, rows=jnp.zeros(5, int)))
 
 
-@pytest.mark.parametrize("name", [n for n, (a, _) in ADAPTERS.items() if hasattr(a, "dropout")])
+# A shared rotation has no blocks of its own to drop.
+NO_DROPOUT = {"OFT-shared"}
+# Dropout inside a map that is not linear in the branch, or that is not rescaled.
+NOT_ON_AVERAGE = ("DoRA", "Hydra-seq", "OFT")
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, (a, _) in ADAPTERS.items() if hasattr(a, "dropout") and n not in NO_DROPOUT]
+)
 def test_dropout_touches_the_branch_only_while_training(name):
     layer = LAYERS["dense"]
     adapter = dataclasses.replace(ADAPTERS[name][0], dropout=0.5)
@@ -269,7 +277,7 @@ def test_dropout_touches_the_branch_only_while_training(name):
     )
     samples = np.asarray(f(jax.random.split(key, 4000)))
     error = 5 * samples.std(0).max() / np.sqrt(4000)
-    if name != "DoRA" and not name.startswith("Hydra-seq"):
+    if not name.startswith(NOT_ON_AVERAGE):
         assert np.abs(samples.mean(0) - plain).max() < error
 
 

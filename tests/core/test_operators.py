@@ -7,8 +7,18 @@ from flora_jax.core.change import delta_factors
 from flora_jax.core.contraction import Conv, Dot
 from flora_jax.core.errors import LazyError
 from flora_jax.core.operators import Base, Compose, Identity, Inputs, LowRank, Matrix, Sum, delta
+from flora_jax.core.shards import Fold, Shards
 from flora_jax.core.spec import KernelSpec
-from flora_jax.core.structured import BlockDiag, Channelwise, Diag, Dropout, Kron, Permute, Sparse
+from flora_jax.core.structured import (
+    BlockDiag,
+    Channelwise,
+    Diag,
+    Dropout,
+    Kron,
+    Patchwise,
+    Permute,
+    Sparse,
+)
 from flora_jax.core.tucker import Tucker
 
 SPEC = KernelSpec.dense()
@@ -28,6 +38,13 @@ MAPS = {
     "sparse": lambda: Sparse(jnp.array([0, 5, 5, 11]), jnp.array([7, 0, 0, 3]), r(4), (12, 8)),
     "permute": lambda: Permute(jax.random.permutation(jax.random.key(0), 12)),
     "identity": lambda: Identity(12),
+    "fold": lambda: Fold(12, 5),
+    "fold-runs": lambda: Fold(12, 5, runs=True),
+    "fold-even": lambda: Fold(12, 4, runs=True),
+    "spread": lambda: Fold(20, 12, spread=True),
+    "spread-runs": lambda: Fold(24, 12, runs=True, spread=True),
+    "shards": lambda: Shards(r(5, 8), 12),
+    "patchwise": lambda: Compose(Patchwise(BlockDiag(r(4, 3, 3))), Base(r(12, 8), SPEC)),
     "tucker": lambda: Tucker(r(2, 3), (r(12, 2), r(8, 3)), SPEC),
     "sum": lambda: Base(r(12, 8), SPEC) + 2.0 * LowRank(r(12, 3), r(3, 8)) - Matrix(r(12, 8)),
     "compose": lambda: Diag(r(12)) @ Base(r(12, 8), SPEC) @ BlockDiag(r(2, 4, 4)),
@@ -51,6 +68,9 @@ def test_lazy_transpose_and_cost_agree_with_the_matrix(name):
 
 LOW = {
     "low-rank": (lambda: LowRank(r(12, 3), r(3, 8)), 3),
+    "shards": (lambda: Shards(r(2, 5, 8), 12), 5),
+    "mini": (lambda: Shards(r(5, 3), 12) @ Fold(9, 3, spread=True), 3),
+    "runs": (lambda: Matrix(r(12, 4)) @ Fold(9, 4, runs=True, spread=True), 4),
     "scaled": (lambda: 2.0 * LowRank(r(12, 3), r(3, 8)), 3),
     "sum": (lambda: LowRank(r(12, 3), r(3, 8)) - LowRank(r(12, 2), r(2, 8)), 5),
     "around": (lambda: Diag(r(12)) @ LowRank(r(12, 3), r(3, 8)) @ BlockDiag(r(2, 4, 4)), 3),
@@ -126,6 +146,23 @@ def test_input_channels_of_a_convolution():
     expected = how.base(x * l, w)
     np.testing.assert_allclose(m.apply(Inputs(how, x)), expected, atol=1e-5)
     np.testing.assert_allclose(m.dense(), (w * l[:, None]).reshape(36, 8), atol=1e-6)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_patches_and_shards_of_a_convolution(groups):
+    """A map of whole patches, and shard sums with and without folded channels."""
+    how = Conv((3, 3, 4, 8), (2, 1), "SAME", groups=groups)
+    spec = KernelSpec.conv(2, groups=groups)
+    batch = (2,) if groups > 1 else ()
+    x, base = r(1, 5, 6, 4 * groups), Base(r(3, 3, 4, 8), spec)
+    n_out = 8 // groups
+    maps = [Patchwise(BlockDiag(r(*batch, 9, 4, 4))) @ base]
+    maps += [Shards(r(*batch, size, n_out), 36) for size in (2, 5)]
+    for m in maps:
+        matrix = m.dense()
+        kernel = spec.restore(matrix, (3, 3, 4, 8))
+        y = how.leave(m.apply(Inputs(how, x)))
+        np.testing.assert_allclose(y, how.base(x, kernel), atol=1e-4)
 
 
 def test_dropout_has_no_matrix():
