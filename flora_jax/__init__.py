@@ -14,12 +14,17 @@ from flora_jax.adapters import Compacter as Compacter
 from flora_jax.adapters import DoRA as DoRA
 from flora_jax.adapters import FLoRA as FLoRA
 from flora_jax.adapters import Hydra as Hydra
+from flora_jax.adapters import LoHa as LoHa
+from flora_jax.adapters import LoKr as LoKr
 from flora_jax.adapters import LoRA as LoRA
 from flora_jax.adapters import MiSS as MiSS
 from flora_jax.adapters import OLoRA as OLoRA
 from flora_jax.adapters import PiSSA as PiSSA
 from flora_jax.adapters import Replace as Replace
+from flora_jax.adapters import SoKA as SoKA
+from flora_jax.adapters import SVFit as SVFit
 from flora_jax.adapters import VeRA as VeRA
+from flora_jax.adapters import spectral_ranks as spectral_ranks
 from flora_jax.core.bind import bind as bind
 from flora_jax.core.bind import materialize as materialize
 from flora_jax.core.bind import rebase as rebase

@@ -7,6 +7,8 @@ from flora_jax.adapters.flora import FLoRA as FLoRA
 from flora_jax.adapters.hydra import Hydra as Hydra
 from flora_jax.adapters.ia3 import IA3 as IA3
 from flora_jax.adapters.kore import KORE as KORE
+from flora_jax.adapters.loha import LoHa as LoHa
+from flora_jax.adapters.lokr import LoKr as LoKr
 from flora_jax.adapters.lora import LoRA as LoRA
 from flora_jax.adapters.miss import Bone as Bone
 from flora_jax.adapters.miss import MiSS as MiSS
@@ -15,4 +17,7 @@ from flora_jax.adapters.oft import OFT as OFT
 from flora_jax.adapters.pissa import OLoRA as OLoRA
 from flora_jax.adapters.pissa import PiSSA as PiSSA
 from flora_jax.adapters.replace import Replace as Replace
+from flora_jax.adapters.soka import SoKA as SoKA
+from flora_jax.adapters.spectra import spectral_ranks as spectral_ranks
+from flora_jax.adapters.svfit import SVFit as SVFit
 from flora_jax.adapters.vera import VeRA as VeRA

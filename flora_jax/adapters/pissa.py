@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from flora_jax.adapters.lora import LoRA
 from flora_jax.core.errors import PlanError
+from flora_jax.core.linalg import svd
 from flora_jax.core.operators import LowRank
 from flora_jax.core.registry import register
 
@@ -68,13 +69,13 @@ class PiSSA(_FromWeight):
     Source: arXiv 2404.02948, HF PEFT ``pissa_init``.
     """
 
+    def spectrum(self, spec, base):
+        """What :func:`flora_jax.spectral_ranks` reads."""
+        return svd(spec.canonical(base)).s
+
     def factors(self, weight):
-        u, s, vt = jnp.linalg.svd(weight, full_matrices=False)
-        u, s, vt = u[..., : self.rank], s[..., : self.rank], vt[..., : self.rank, :]
-        top = jnp.take_along_axis(u, jnp.argmax(jnp.abs(u), axis=-2, keepdims=True), axis=-2)
-        sign = jnp.where(top < 0, -1.0, 1.0)
-        root = jnp.sqrt(s / self.scale)[..., None, :] * sign
-        return u * root, jnp.swapaxes(root, -1, -2) * vt
+        top = svd(weight).truncate(self.rank)
+        return top._replace(s=top.s / self.scale).split()
 
 
 @register(

@@ -170,6 +170,14 @@ def check_divides(name: str, size: int, n: int, what: str) -> None:
     raise PlanError(f"{name}={size} does not divide {what}={n}; nearest: {near}")
 
 
+def check_dropout(rate: float, spec: KernelSpec) -> None:
+    """Raise PlanError unless a rate fits a branch: ids have no channels to drop."""
+    if not 0.0 <= rate < 1.0:
+        raise PlanError(f"dropout={rate} is outside [0, 1)")
+    if rate > 0.0 and spec.kind == "embedding":
+        raise PlanError("an embedding's branch takes no dropout")
+
+
 def batch_dims(spec: KernelSpec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """``(B,)`` for a kernel with batch axes or groups, else ``()``."""
     return spec.canonical_shape(shape)[:-2]

@@ -1,4 +1,4 @@
-"""Structured maps: diagonal, blocks, Kronecker, sparse, permutation, input channels, dropout."""
+"""Structured maps: diagonal, blocks, sparse, permutation, input channels, dropout."""
 
 from __future__ import annotations
 
@@ -56,32 +56,6 @@ class BlockDiag(LinearMap):
 
     def flops(self):
         return 2 * self.blocks.size
-
-
-@operator
-class Kron(LinearMap):
-    """``M = sum_k left_k (x) right_k``, left ``[k, m, n]``, right ``[k, p, q]``: ``[mp, nq]``."""
-
-    left: jax.Array
-    right: jax.Array
-
-    def then(self, y):
-        (_, m, n), (_, p, q) = self.left.shape, self.right.shape
-        z = y.reshape(*y.shape[:-1], m, p)
-        left, right = self.left.astype(y.dtype), self.right.astype(y.dtype)
-        z = jnp.einsum("...mp,kmn,kpq->...nq", z, left, right)
-        return z.reshape(*y.shape[:-1], n * q)
-
-    def dense(self):
-        return jax.vmap(jnp.kron)(self.left, self.right).sum(0)
-
-    @property
-    def T(self):
-        return Kron(transpose(self.left), transpose(self.right))
-
-    def flops(self):
-        (k, m, n), (_, p, q) = self.left.shape, self.right.shape
-        return 2 * k * (m * n * p + n * p * q)
 
 
 @operator

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +15,23 @@ from flora_jax.core.lowrank import transpose
 from flora_jax.core.operators import LinearMap, operator, static
 from flora_jax.core.spec import KernelSpec
 
+Modes = Sequence[jax.Array | None]
 
-def expand(core: jax.Array, factors: list[jax.Array]) -> jax.Array:
+
+def expand(core: jax.Array, factors: Modes) -> jax.Array:
     """``core x_1 A_1 ... x_N A_N`` with ``core [J_1..J_N]``, ``A_n [I_n, J_n]``; smallest first."""
-    order = sorted(range(core.ndim), key=lambda n: factors[n].shape[0])
-    for n in order:
+    order = [n for n in range(core.ndim) if factors[n] is not None]
+    for n in sorted(order, key=lambda n: factors[n].shape[0]):
         core = jnp.moveaxis(jnp.tensordot(core, factors[n], (n, 1)), -1, n)
     return core
 
 
-def _modes(x: jax.Array, factors: list[jax.Array], *, into_core: bool) -> jax.Array:
+def _modes(x: jax.Array, factors: Modes, *, into_core: bool) -> jax.Array:
     """Apply factors (``[I, J]``) to the trailing axes of ``x``, I to J or back."""
     lead = x.ndim - len(factors)
     for n, factor in enumerate(factors):
+        if factor is None:
+            continue
         axis = lead + n
         x = jnp.moveaxis(x, axis, -1)
         x = mm(x, factor if into_core else factor.T)
@@ -49,13 +54,13 @@ class Tucker(LinearMap):
 
     Args:
       core: ``[J_1 ... J_N]``, axes in the order in which the kernel is stored.
-      modes: ``A_n [I_n, J_n]``, one per axis.
+      modes: ``A_n [I_n, J_n]``, one per axis; None is the identity.
       spec: which axes are batch, input and output.
       transposed: the map from outputs to inputs.
     """
 
     core: jax.Array
-    modes: tuple[jax.Array, ...]
+    modes: tuple[jax.Array | None, ...]
     spec: KernelSpec = static()
     transposed: bool = static(default=False)
 
@@ -67,8 +72,7 @@ class Tucker(LinearMap):
         spec = self.spec
         core = jnp.transpose(self.core, spec.batch_axes + spec.in_axes + spec.out_axes)
         n_batch, n_in = len(spec.batch_axes), len(spec.in_axes)
-        for n, factor in enumerate(self._pick(spec.batch_axes)):
-            core = jnp.moveaxis(jnp.tensordot(core, factor, (n, 1)), -1, n)
+        core = expand(core, self._pick(spec.batch_axes) + [None] * (core.ndim - n_batch))
         shape = core.shape
         flat = (math.prod(shape[n_batch : n_batch + n_in]), math.prod(shape[n_batch + n_in :]))
         core = core.reshape((math.prod(shape[:n_batch]), *flat) if n_batch else flat)
@@ -78,13 +82,22 @@ class Tucker(LinearMap):
         ends = self._pick(self.spec.in_axes), self._pick(self.spec.out_axes)
         return ends[::-1] if self.transposed else ends
 
+    def _sizes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Axes of the input as it comes, and of the output inside the core."""
+        entering, leaving = self.spec.in_axes, self.spec.out_axes
+        if self.transposed:
+            entering, leaving = leaving, entering
+        inner = self.core.shape
+        outer = [n if mode is None else mode.shape[0] for n, mode in zip(inner, self.modes)]
+        return tuple(outer[a] for a in entering), tuple(inner[a] for a in leaving)
+
     def _flat(self, y: jax.Array, axes: int) -> jax.Array:
         return y.reshape(*y.shape[: y.ndim - axes], math.prod(y.shape[y.ndim - axes :]))
 
     def _out(self, y: jax.Array) -> jax.Array:
         """From the flattened output core modes to canonical outputs."""
         out = self._ends()[1]
-        y = y.reshape(*y.shape[:-1], *(factor.shape[1] for factor in out))
+        y = y.reshape(*y.shape[:-1], *self._sizes()[1])
         return self._flat(_modes(y, out, into_core=False), len(out))
 
     def apply(self, inputs):
@@ -97,7 +110,7 @@ class Tucker(LinearMap):
 
     def then(self, y):
         into = self._ends()[0]
-        y = y.reshape(*y.shape[:-1], *(factor.shape[0] for factor in into))
+        y = y.reshape(*y.shape[:-1], *self._sizes()[0])
         y = self._flat(_modes(y, into, into_core=True), len(into))
         return self._out(mm(y, self._middle()))
 
@@ -107,8 +120,7 @@ class Tucker(LinearMap):
         groups = how.groups
         x = x.reshape(*x.shape[:-1], groups, x.shape[-1] // groups)
         x = self._flat(mm(x, channels), 2)
-        eyes = [jnp.eye(self.core.shape[n]) for n in (-2, -1)]
-        small = jnp.tile(expand(self.core, [*window, *eyes]), groups)
+        small = jnp.tile(expand(self.core, [*window, None, None]), groups)
         y = dataclasses.replace(how, shape=small.shape).convolve(x, small)
         y = how.enter_out(y)
         if groups == 1:
@@ -126,7 +138,9 @@ class Tucker(LinearMap):
 
     def factors(self):
         """The chain cut at the core's smaller side; a convolution's window counts as input."""
-        into, out = (functools.reduce(jnp.kron, ends, jnp.ones((1, 1))) for ends in self._ends())
+        eyes = [jnp.eye(n) if m is None else m for n, m in zip(self.core.shape, self.modes)]
+        ends = dataclasses.replace(self, modes=tuple(eyes))._ends()
+        into, out = (functools.reduce(jnp.kron, end, jnp.ones((1, 1))) for end in ends)
         middle = self._middle()
         out = transpose(out)
         groups = self.spec.groups
@@ -143,4 +157,4 @@ class Tucker(LinearMap):
         return dataclasses.replace(self, transposed=not self.transposed)
 
     def flops(self):
-        return 2 * (sum(factor.size for factor in self.modes) + self.core.size)
+        return 2 * (sum(m.size for m in self.modes if m is not None) + self.core.size)

@@ -6,6 +6,7 @@ import pytest
 from flora_jax.core.change import delta_factors
 from flora_jax.core.contraction import Conv, Dot
 from flora_jax.core.errors import LazyError
+from flora_jax.core.kron import Hadamard, Kron
 from flora_jax.core.operators import Base, Compose, Identity, Inputs, LowRank, Matrix, Sum, delta
 from flora_jax.core.shards import Fold, Shards
 from flora_jax.core.spec import KernelSpec
@@ -14,7 +15,6 @@ from flora_jax.core.structured import (
     Channelwise,
     Diag,
     Dropout,
-    Kron,
     Patchwise,
     Permute,
     Sparse,
@@ -35,6 +35,9 @@ MAPS = {
     "diag": lambda: Diag(r(12)),
     "block": lambda: BlockDiag(r(4, 3, 2)),
     "kron": lambda: Kron(r(2, 4, 2), r(2, 3, 4)),
+    "kron-window": lambda: Kron(r(2, 3, 2), r(2, 4, 4), 2),
+    "hadamard": lambda: Hadamard(r(12, 2), r(2, 8), r(12, 2, seed=1), r(2, 8, seed=1)),
+    "tucker-identity": lambda: Tucker(r(12, 3), (None, r(8, 3)), SPEC),
     "sparse": lambda: Sparse(jnp.array([0, 5, 5, 11]), jnp.array([7, 0, 0, 3]), r(4), (12, 8)),
     "permute": lambda: Permute(jax.random.permutation(jax.random.key(0), 12)),
     "identity": lambda: Identity(12),
