@@ -13,9 +13,9 @@ from flora_jax.adapters.initializers import xavier_uniform
 from flora_jax.core.adapter import output_sizes
 from flora_jax.core.contraction import over_batch
 from flora_jax.core.errors import PlanError
+from flora_jax.core.kron import Kron
 from flora_jax.core.operators import LinearMap, operator
 from flora_jax.core.registry import register
-from flora_jax.core.structured import Kron
 
 
 @operator

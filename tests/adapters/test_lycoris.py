@@ -139,7 +139,7 @@ def test_lokr_convolutions(form):
 
 
 def test_lokr_starts():
-    """Which factor is zero, and the range of the others: U(+-1/sqrt(fan in of the torch tensor))."""
+    """Which factor is zero, and the others' range: U(+-1/sqrt(fan in of the torch tensor))."""
     for options, zero in (
         ({}, "w1"),
         ({"decompose_both": True}, "b1"),
@@ -185,7 +185,7 @@ def test_the_update_is_never_formed(adapter):
     def loss(a):
         return jnp.sum(jnp.square(ops.dot(x, flora.bind({"kernel": kernel}, a, plan)["kernel"])))
 
-    formed = [s for s in shapes_in(jax.make_jaxpr(jax.grad(loss))(adapters).jaxpr)]
+    formed = list(shapes_in(jax.make_jaxpr(jax.grad(loss))(adapters).jaxpr))
     assert len(formed) > 5
     assert not [s for s in formed if np.prod(s) >= 30 * 42]
     change = flora.bind(params, adapters, plan)["kernel"].operator().flops() - 2 * 30 * 42
