@@ -105,7 +105,7 @@ def train(
         started = time.time()
         result = _fit(setup, folder)
         seconds = time.time() - started
-        early = _losses(RunDir(folder), options["loss_at"])
+        early = _losses(RunDir(Path(folder)), options["loss_at"])
     after = setup.judge(result.state)
     _report("after", after, setup.sample(result.state))
     retained = _retained(setup, result.state)

