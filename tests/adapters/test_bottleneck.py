@@ -9,7 +9,7 @@ import flora_jax as flora
 from flora_jax.adapters.compacter import FactoredKron
 from flora_jax.core import ops
 from flora_jax.core.errors import PlanError
-from flora_jax.core.structured import Kron
+from flora_jax.core.kron import Kron
 
 
 def r(*shape, seed=0):
