@@ -20,6 +20,8 @@ from flora_jax.adapters import LoRA as LoRA
 from flora_jax.adapters import MiSS as MiSS
 from flora_jax.adapters import OLoRA as OLoRA
 from flora_jax.adapters import PiSSA as PiSSA
+from flora_jax.adapters import PrefixTuning as PrefixTuning
+from flora_jax.adapters import PromptTuning as PromptTuning
 from flora_jax.adapters import Replace as Replace
 from flora_jax.adapters import SoKA as SoKA
 from flora_jax.adapters import SVFit as SVFit

@@ -16,6 +16,8 @@ from flora_jax.adapters.nola import NOLA as NOLA
 from flora_jax.adapters.oft import OFT as OFT
 from flora_jax.adapters.pissa import OLoRA as OLoRA
 from flora_jax.adapters.pissa import PiSSA as PiSSA
+from flora_jax.adapters.prompts import PrefixTuning as PrefixTuning
+from flora_jax.adapters.prompts import PromptTuning as PromptTuning
 from flora_jax.adapters.replace import Replace as Replace
 from flora_jax.adapters.soka import SoKA as SoKA
 from flora_jax.adapters.spectra import spectral_ranks as spectral_ranks

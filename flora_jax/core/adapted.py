@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,12 +15,13 @@ from flora_jax.core.adapter import (
     Adapter,
     Context,
     Params,
+    PrefixAdapter,
     output_sizes,
 )
 from flora_jax.core.change import delta_factors
 from flora_jax.core.contraction import Contraction, over_batch
 from flora_jax.core.errors import PlanError
-from flora_jax.core.leaf import Weight, WeightLeaf, attend, contract
+from flora_jax.core.leaf import Prefix, Weight, WeightLeaf, attend, contract
 from flora_jax.core.lowrank import Factors, side_by_side
 from flora_jax.core.operators import Base, Inputs, LinearMap, Scale, Sum, delta, terms
 from flora_jax.core.registry import method_of, name_of
@@ -60,6 +61,15 @@ class Bound:
         return self.adapter.operator(params, base.spec, self.context(base))
 
     @property
+    def prefixed(self) -> bool:
+        """Whether it gives the attention entries of its own."""
+        return isinstance(self.adapter, PrefixAdapter)
+
+    def prefix(self, base: Base) -> jax.Array:
+        """Those entries, ``[P, out]``."""
+        return self.adapter.prefix(self.params, base.spec, self.context(base))
+
+    @property
     def acts(self) -> bool:
         """Whether it changes the layer's output instead of the weight."""
         return isinstance(self.adapter, ActivationAdapter)
@@ -92,7 +102,37 @@ class _Planned(WeightLeaf):
     def dtype(self):
         return self.base.dtype
 
+    def _adapters(self) -> Iterable[Adapter]:
+        """Every adapter on it."""
+        raise NotImplementedError
+
+    def _prepare(self, how: Contraction) -> Contraction:
+        """The contraction, checked against the plan; adapters may add rows to an embedding."""
+        self._check(how)
+        if any(adapter.virtual_rows() for adapter in self._adapters()):
+            return dataclasses.replace(how, virtual=True)
+        return how
+
+    def _check_taken(self) -> None:
+        for adapter in self._adapters():
+            if isinstance(adapter, PrefixAdapter):
+                raise PlanError(
+                    f"the {name_of(adapter)} entries of a weight of shape {self.shape} were not "
+                    "taken by the attention (ops.prefix): the key and value projections of "
+                    "flora_jax.models take them, other layers have to be taught to"
+                )
+
+    def virtual_rows(self):
+        counts = {adapter.virtual_rows() for adapter in self._adapters()} - {0}
+        if len(counts) > 1:
+            raise PlanError(f"prompts of different lengths at one table: {sorted(counts)} tokens")
+        return (counts.pop(), self._rows_with_prompt()) if counts else None
+
+    def _rows_with_prompt(self) -> jax.Array | None:
+        return None
+
     def _check(self, how: Contraction) -> None:
+        self._check_taken()
         ours, theirs = self.spec, how.spec
         same = (ours.batch_axes, ours.in_axes, ours.out_axes, ours.groups)
         if same != (theirs.batch_axes, theirs.in_axes, theirs.out_axes, theirs.groups):
@@ -125,8 +165,22 @@ class Adapted(_Planned):
             parts.append(change if bound.weight is None else Scale(bound.weight, change))
         return Sum(*parts)
 
+    def _adapters(self):
+        return (bound.adapter for bound in self.bound)
+
+    def prefix(self):
+        taken = [bound for bound in self.bound if bound.prefixed]
+        if not taken:
+            return self, None
+        rest = tuple(bound for bound in self.bound if not bound.prefixed)
+        weight = dataclasses.replace(self, bound=rest) if rest else self.base
+        return weight, Prefix(taken[0].prefix(Base(self.base, self.spec))[None], None)
+
+    def prefix_tokens(self):
+        return next((bound.adapter.tokens for bound in self.bound if bound.prefixed), None)
+
     def contract(self, how: Contraction, x: Any) -> jax.Array:
-        self._check(how)
+        how = self._prepare(how)
         if any(bound.example for bound in self.bound):
             return self._by_rows(x, lambda leaf, row: leaf.contract(how, row))
         y = how.leave(self.operator().apply(Inputs(how, x)))
@@ -139,6 +193,7 @@ class Adapted(_Planned):
         return y + sum(bound.output_change(base, how, plain) for bound in acting)
 
     def attend(self, x, precision=None):
+        self._check_taken()
         if any(bound.example for bound in self.bound):
             return self._by_rows(x, lambda leaf, row: leaf.attend(row))
         return self.operator().T.then(x)
@@ -232,6 +287,13 @@ class Group:
     pick: jax.Array
     on: jax.Array
 
+    def prefix(self, base: Base, length: int) -> tuple[jax.Array, jax.Array]:
+        """The rows' entries ``[N, length, out]``, zeros at the end, and which are there."""
+        every = jax.vmap(lambda bound: bound.prefix(base))(self.bound)
+        own = every.shape[1]
+        every = jnp.pad(every, ((0, 0), (0, length - own), (0, 0)))
+        return every[self.pick], self.on[:, None] & (jnp.arange(length) < own)
+
     def change(
         self,
         base: Base,
@@ -287,12 +349,40 @@ class Mixed(_Planned):
     groups: tuple[Group, ...]
     spec: KernelSpec = dataclasses.field(metadata={"static": True})
 
+    def _adapters(self):
+        return (group.bound.adapter for group in self.groups)
+
+    def _rows_with_prompt(self):
+        return sum(group.on for group in self.groups if group.bound.adapter.virtual_rows()) > 0
+
+    def prefix(self):
+        taken = [group for group in self.groups if group.bound.prefixed]
+        if not taken:
+            return self, None
+        rest = tuple(group for group in self.groups if not group.bound.prefixed)
+        weight = dataclasses.replace(self, groups=rest) if rest else self.base
+        longest = max(group.bound.adapter.tokens for group in taken)
+        values, on = 0.0, False
+        for group in taken:
+            own, has = group.prefix(Base(self.base, self.spec), longest)
+            values, on = values + jnp.where(has[..., None], own, 0.0), on | has
+        return weight, Prefix(values, on)
+
+    def prefix_tokens(self):
+        taken = [group for group in self.groups if group.bound.prefixed]
+        if not taken:
+            return None
+        # Outside a scan the rows' choice is repeated over the layers.
+        lengths = sum(jnp.where(group.on, group.bound.adapter.tokens, 0) for group in taken)
+        return lengths.reshape(-1, lengths.shape[-1])[0]
+
     def contract(self, how: Contraction, x: Any) -> jax.Array:
-        self._check(how)
+        how = self._prepare(how)
         run = lambda map_, row: how.leave(map_.apply(Inputs(how, row)))
         return self._sum(x, contract(how, x, self.base), run, how)
 
     def attend(self, x, precision=None):
+        self._check_taken()
         run = lambda map_, row: map_.T.then(row)
         return self._sum(x, attend(x, self.base, precision), run, None)
 

@@ -101,6 +101,10 @@ class Adapter:
         """``{path: {name: [*stack, N, ...]}}``: arrays of N rows from the rows' features."""
         raise NotImplementedError
 
+    def virtual_rows(self) -> int:
+        """How many rows it adds past the end of an embedding table."""
+        return 0
+
     def rebase(self, base: jax.Array, params: Params, spec: KernelSpec) -> tuple[jax.Array, Params]:
         """Fold frozen parts into the weight: ``(new base, parameters without those parts)``."""
         return base, params
@@ -127,6 +131,37 @@ class ActivationAdapter(Adapter):
 
         ``out`` counts every output channel; the groups of a convolution lie side by side.
         """
+        raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixAdapter(Adapter):
+    """Base class of adapters that put entries of their own before an attention's keys or values.
+
+    They sit on the kernel of the key or value projection and leave the weight alone: the attention
+    takes them with ``ops.prefix``. A kernel whose prefix nobody took raises when it is used.
+    Register them with ``mergeable=False``.
+
+    Args:
+      tokens: P, how many entries.
+    """
+
+    kinds: ClassVar[tuple[str, ...]] = ("dense", "einsum")
+
+    tokens: int = 20
+
+    def check(self, spec: KernelSpec, shape: tuple[int, ...]) -> None:
+        super().check(spec, shape)
+        if self.tokens < 1:
+            raise PlanError(f"tokens={self.tokens} must be at least 1")
+        if spec.batch_axes:
+            raise PlanError(f"{name_of(self)} is not defined for kernels with batch axes")
+
+    def operator(self, params: Params, spec: KernelSpec, ctx: Context) -> LinearMap:
+        return ctx.base
+
+    def prefix(self, params: Params, spec: KernelSpec, ctx: Context) -> jax.Array:
+        """The entries ``[P, out]``, in the layout of the projection's output without its bias."""
         raise NotImplementedError
 
 

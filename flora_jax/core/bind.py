@@ -23,6 +23,7 @@ from flora_jax.core.uses import (
     Use,
     adapted_bias,
     bound_of,
+    check_prefixes,
     replaced,
     seeing_bias,
     sibling_bias,
@@ -157,6 +158,7 @@ def _attach(params: Any, found: Mapping[str, list[Use]], picked: jax.Array | Non
             if new_bias is not None:
                 new[sibling] = new_bias
             own = values(beside)
+            check_prefixes(path, uses)
             bound = tuple(seeing_bias(use, own.get(use.index, bias)) for use in uses)
             new[path] = Adapted(leaf, bound, entry.spec.unstacked())
     return paths.map_with_path(lambda path, leaf: new.get(path, leaf), params, is_leaf=is_leaf)

@@ -334,20 +334,27 @@ class Patches(Contraction):
 
 @dataclasses.dataclass(frozen=True)
 class Lookup(Contraction):
-    """Embedding: ``y[...] = w[ids[...]]``."""
+    """Embedding: ``y[...] = w[ids[...]]``.
+
+    Args:
+      virtual: ids past the end are rows that an adapter adds: the table itself gives zeros for them
+        instead of NaN.
+    """
 
     shape: tuple[int, ...]
     dtype: Any
+    virtual: bool = False
 
     @property
     def spec(self) -> KernelSpec:
         return KernelSpec.embedding()
 
     def base(self, ids, w):
-        return jnp.take(w, ids, axis=0).astype(self.dtype)
+        past = 0 if self.virtual else None
+        return jnp.take(w, ids, axis=0, mode="fill", fill_value=past).astype(self.dtype)
 
     def contract(self, ids, k):
-        return jnp.take(k, ids, axis=0).astype(self.dtype)
+        return self.base(ids, k)
 
 
 def check_conv(strides: Any, window: int, name: str) -> tuple[int, ...]:

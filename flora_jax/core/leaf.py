@@ -9,7 +9,7 @@ hands the contraction to the leaf.
 from __future__ import annotations
 
 import abc
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,18 @@ class WeightLeaf(abc.ABC):
     def attend(self, x: jax.Array, precision: Any = None) -> jax.Array:
         """``x [..., out] @ W.T`` for an embedding table ``W [in, out]`` (tied heads)."""
 
+    def prefix(self) -> tuple[Weight, Prefix | None]:
+        """The weight without its attention prefix, and the prefix: see ``ops.prefix``."""
+        return self, None
+
+    def prefix_tokens(self) -> Any:
+        """Length of its prefix, or ``[N]`` for rows that differ; None without one."""
+        return None
+
+    def virtual_rows(self) -> tuple[int, Any] | None:
+        """``(P, on)``: rows past the end of an embedding table, ``on [N]`` for rows that differ."""
+        return None
+
     @abc.abstractmethod
     def dense(self, dtype: Any = None) -> jax.Array:
         """The whole kernel as one array. Explicit, never called by a contraction with dW."""
@@ -75,6 +87,18 @@ class WeightLeaf(abc.ABC):
 
 
 Weight = jax.Array | WeightLeaf
+
+
+class Prefix(NamedTuple):
+    """Entries that stand before an attention's own keys or values.
+
+    Args:
+      values: ``[1, P, out]``, or ``[N, P, out]`` for the rows of a batch.
+      on: ``[N, P]``, which entries a row has; None for all of them.
+    """
+
+    values: jax.Array
+    on: jax.Array | None
 
 
 def is_leaf(node: Any) -> bool:

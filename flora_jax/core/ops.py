@@ -11,12 +11,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.core import contraction
+from flora_jax.core import contraction, paths
 from flora_jax.core.errors import PlanError
-from flora_jax.core.leaf import Weight, WeightLeaf, attend, contract
+from flora_jax.core.leaf import Prefix, Weight, WeightLeaf, attend, contract, is_leaf
 from flora_jax.core.spec import KernelSpec
 
-__all__ = ["attend", "conv", "dot", "einsum", "embed", "logical_shape", "value"]
+__all__ = [
+    "attend",
+    "conv",
+    "dot",
+    "einsum",
+    "embed",
+    "logical_shape",
+    "prefix",
+    "prefix_start",
+    "value",
+    "virtual_rows",
+]
 
 
 def logical_shape(w: Weight) -> tuple[int, ...]:
@@ -89,6 +100,63 @@ def conv(
 def embed(ids: jax.Array, w: Weight, *, dtype: Any = None) -> jax.Array:
     """Rows ``w[ids]`` of an embedding table ``[vocabulary, features]``."""
     return contract(contraction.Lookup(logical_shape(w), dtype or w.dtype), ids, w)
+
+
+def prefix(w: Weight) -> tuple[Weight, Prefix | None]:
+    """A key or value kernel without its attention prefix, and the prefix (None without one).
+
+    The attention puts the entries before its keys (not rotated) or values; every query sees them.
+    """
+    return w.prefix() if isinstance(w, WeightLeaf) else (w, None)
+
+
+def prefix_start(params: Any) -> Any:
+    """Where positions start in a model: the length of its attention prefixes, 0 without.
+
+    Args:
+      params: the bound parameters (also stacked ones).
+
+    Returns:
+      An int; ``[N, 1]`` where the rows of the batch differ.
+
+    Raises:
+      PlanError: its layers have prefixes of different lengths.
+    """
+    start = 0
+    for path, leaf in paths.flatten(params, is_leaf=is_leaf).items():
+        found = leaf.prefix_tokens() if is_leaf(leaf) else None
+        if found is None:
+            continue
+        if not isinstance(found, int):
+            return found[:, None]
+        if start not in (0, found):
+            raise PlanError(f"{path}: a prefix of {found} tokens, another weight has {start}")
+        start = found
+    return start
+
+
+def virtual_rows(params: Any) -> tuple[tuple[int, ...], Any] | None:
+    """The ids of a model's trained prompt, to stand before the tokens; None without one.
+
+    Args:
+      params: the bound parameters.
+
+    Returns:
+      ``(ids, on)``: ids past the end of the embedding table, and ``on [N]``, which rows of the
+      batch have a prompt, None for all.
+
+    Raises:
+      PlanError: two tables have one, or its rows have prompts of different lengths.
+    """
+    found: dict[str, tuple[tuple[int, ...], Any]] = {}
+    for path, leaf in paths.flatten(params, is_leaf=is_leaf).items():
+        rows = leaf.virtual_rows() if is_leaf(leaf) else None
+        if rows is not None:
+            size = leaf.shape[0]
+            found[path] = tuple(range(size, size + rows[0])), rows[1]
+    if len(found) > 1:
+        raise PlanError(f"two tables have a prompt: {' and '.join(found)}")
+    return next(iter(found.values()), None)
 
 
 def value(w: Weight, dtype: Any = None) -> jax.Array:

@@ -15,6 +15,7 @@ from flora_jax.core.errors import PlanError, StructureError
 from flora_jax.core.initialize import over_stack, path_keys
 from flora_jax.core.leaf import Weight
 from flora_jax.core.plan import Entry
+from flora_jax.core.registry import name_of
 
 
 class Use(NamedTuple):
@@ -61,6 +62,17 @@ def seeing_bias(use: Use, bias: jax.Array | None) -> Bound:
             "output needs one number for each"
         )
     return dataclasses.replace(use.bound, bias=bias)
+
+
+def check_prefixes(path: str, uses: list[Use]) -> None:
+    """A prefix is there or not: it has no sum with another one and no weight."""
+    taken = [use for use in uses if use.bound.prefixed]
+    if len(taken) > 1 or any(use.bound.weight is not None for use in taken):
+        name = name_of(taken[0].entry.adapter)
+        raise PlanError(
+            f"{path}: {name} entries neither add up nor have weights; bind one such adapter, "
+            "without weights, or choose among them with rows="
+        )
 
 
 def replaced(leaf: Weight, uses: list[Use]) -> jax.Array:

@@ -28,7 +28,8 @@ Batch schema (B rows of this shard, T tokens):
 
 In a language-model batch ``targets[b, t]`` is the token after ``tokens[b, t]`` in the same
 document; ``loss_mask`` is 0 where there is none, on padding, and on targets that belong to a
-prompt. ``segment_ids`` are 1, 2, ... for the pieces of documents in a row and 0 for padding;
+prompt. ``segment_ids`` are 1, 2, ... for the pieces of documents in a row, 0 for padding and -1
+for the virtual tokens of a trained prompt, which every segment sees (:func:`with_prompt`);
 ``positions`` restart at 0 in every segment.
 """
 
@@ -42,6 +43,7 @@ from flora_jax.data.packing import PACKINGS, TOO_LONG, Tokenised, assemble, plan
 from flora_jax.data.sequences import SequenceTask
 from flora_jax.data.synthetic import Sine, TeacherStudent
 from flora_jax.data.text import TextData
+from flora_jax.data.virtual import with_prompt
 
 __all__ = [
     "CORPORA",
@@ -64,4 +66,5 @@ __all__ = [
     "assemble",
     "load_corpus",
     "plan_rows",
+    "with_prompt",
 ]

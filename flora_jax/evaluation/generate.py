@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from flora_jax.core import ops
 from flora_jax.core.errors import ConfigError
 
 ROUND = 32
@@ -161,29 +162,43 @@ def _eos_ids(model: nn.Module, eos_id: int | Sequence[int] | None) -> np.ndarray
     return np.asarray(ids, np.int32)
 
 
+def _check_ids(prompts: Sequence[Ids], vocabulary: int) -> None:
+    low, high = min(map(min, prompts)), max(map(max, prompts))
+    if low < 0 or high >= vocabulary:
+        token = low if low < 0 else high
+        raise ConfigError(f"a prompt has token {token}, the vocabulary {vocabulary}")
+
+
+def _virtual_ids(params: Any) -> tuple[int, ...]:
+    """The ids of a trained prompt (``PromptTuning``), which stand before every prompt's own."""
+    ids, on = ops.virtual_rows(params) or ((), None)
+    if on is not None and not np.all(on):
+        raise ConfigError("rows with and without a trained prompt cannot generate in one batch")
+    return ids
+
+
 def _start(model, params, prompts, max_new_tokens, sampling, key):
     """Checked and padded prompts, run through the prefill."""
-    lengths = np.asarray([len(p) for p in prompts], np.int32)
-    if not len(prompts) or lengths.min() == 0:
+    if not len(prompts) or min(map(len, prompts)) == 0:
         raise ConfigError("generate needs at least one prompt, each with at least one token")
+    _check_ids(prompts, model.config.vocab_size)
+    prompts = [[*_virtual_ids(params), *prompt] for prompt in prompts]
+    lengths = np.asarray([len(p) for p in prompts], np.int32)
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens={max_new_tokens} must be at least 1")
     longest, limit = int(lengths.max()) + max_new_tokens, model.config.max_position_embeddings
-    if longest > limit:
+    prefix = int(np.max(ops.prefix_start(params)))
+    if longest + prefix > limit:
+        behind = f" behind a prefix of {prefix}" if prefix else ""
         raise ConfigError(
-            f"a prompt of {lengths.max()} and {max_new_tokens} new tokens do not fit into "
+            f"a prompt of {lengths.max()} and {max_new_tokens} new tokens{behind} do not fit into "
             f"max_position_embeddings={limit}"
         )
     tokens = np.zeros((len(prompts), _round(int(lengths.max()))), np.int32)
     for row, prompt in zip(tokens, prompts):
         row[: len(prompt)] = prompt
-    vocabulary = model.config.vocab_size
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise ConfigError(f"a prompt has token {tokens.max()}, the vocabulary {vocabulary}")
     max_len = max(tokens.shape[1], _round(longest))
-    return _prefill(
-        model, params, tokens, lengths, key, sampling.kind, sampling.numbers(), max_len
-    )
+    return _prefill(model, params, tokens, lengths, key, sampling.kind, sampling.numbers(), max_len)
 
 
 def generate(

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 import flora_jax as flora
 from flora_jax import config, quant, training
+from flora_jax.adapters import PromptTuning
 from flora_jax.core.errors import ConfigError, FloraError
 from flora_jax.core.leaf import is_leaf
 from flora_jax.core.paths import flatten
@@ -124,13 +125,26 @@ def build(options: Mapping[str, Any], folder: Path | None = None) -> Setup:
         base = training.cast_base(base, options["base_dtype"])
     if options["quantize"]:
         base = quant.quantize(base, options["quantize"])
-    plan = flora.plan(base, options["rules"])
+    plan = flora.plan(base, _with_ids(options["rules"], subject.tokenizer))
     if not len(plan):
         raise ConfigError("train.rules gives no weight an adapter: nothing would be trained")
     adapters = flora.init(plan, jax.random.key(options["seed"]), base)
     state = training.create_state(plan, adapters, options["optimizer"], options["seed"])
     setup = Setup(dataclasses.replace(subject, params=base), plan, state, options)
     return _placed(setup, options["mesh"], options["sharding"]) if options["mesh"] else setup
+
+
+def _with_ids(rules: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """The rules with the texts that prompts start from as token ids."""
+
+    def one(adapter: Any) -> Any:
+        if not isinstance(adapter, PromptTuning) or not adapter.text or adapter.ids:
+            return adapter
+        if tokenizer is None:
+            raise ConfigError(f"PromptTuning.text={adapter.text!r}: the model has no tokenizer")
+        return dataclasses.replace(adapter, ids=tuple(map(int, tokenizer.encode(adapter.text))))
+
+    return {pattern: one(adapter) for pattern, adapter in rules.items()}
 
 
 def _placed(setup: Setup, axes: Mapping[str, int], given: Any) -> Setup:

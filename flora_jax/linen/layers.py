@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from flora_jax.core import ops
 from flora_jax.core.errors import StructureError
-from flora_jax.core.leaf import Weight, WeightLeaf
+from flora_jax.core.leaf import Prefix, Weight, WeightLeaf
 
 Initializer = nn.initializers.Initializer
 
@@ -60,12 +60,28 @@ class Dense(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
-        kernel = weight(self, "kernel", self.kernel_init, shape, self.param_dtype)
+        return self._product(x, weight(self, "kernel", self.kernel_init, shape, self.param_dtype))
+
+    def _product(self, x: jax.Array, kernel: Weight) -> jax.Array:
         y = ops.dot(x.astype(self.dtype or x.dtype), kernel, precision=self.precision)
         if self.use_bias:
             bias = weight(self, "bias", self.bias_init, (self.features,), self.param_dtype)
             y = y + ops.value(bias, y.dtype)
         return y
+
+
+class PrefixDense(Dense):
+    """The key or value projection of an attention: also gives the prefix that its kernel has.
+
+    ``x [..., in] -> (y [..., features], Prefix or None)``.
+    """
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, Prefix | None]:
+        shape = (x.shape[-1], self.features)
+        kernel = weight(self, "kernel", self.kernel_init, shape, self.param_dtype)
+        kernel, prefix = ops.prefix(kernel)
+        return self._product(x, kernel), prefix
 
 
 class Einsum(nn.Module):

@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flora_jax.core import ops
 from flora_jax.core.errors import ConfigError, StructureError
 from flora_jax.linen.layers import Dense, Embed, LayerNorm
 from flora_jax.models import encoder_layers as encoder
@@ -283,6 +284,10 @@ class Bert(nn.Module):
         self._check(tokens, output)
         if positions is None:
             positions = jnp.arange(tokens.shape[1])
+        # Behind an attention prefix the first token has position P, as in HF PEFT.
+        start = ops.prefix_start(self.variables.get("params", {}))
+        self._check_length(tokens, start)
+        positions = positions + start
         if token_types is None:
             token_types = jnp.zeros_like(tokens)
         mode = Mode(train, output == "layers")
@@ -314,10 +319,15 @@ class Bert(nn.Module):
             raise ConfigError("output='logits' needs a head: set num_labels")
         if output == "pooler" and not cfg.use_pooler:
             raise ConfigError("output='pooler' needs use_pooler=True")
-        if tokens.shape[1] > cfg.max_position_embeddings:
+
+    def _check_length(self, tokens: jax.Array, start: Any) -> None:
+        # Rows with prefixes of their own lengths have a traced start; past the table lies NaN.
+        start = start if isinstance(start, int) else 0
+        if tokens.shape[1] + start > self.config.max_position_embeddings:
+            behind = f" behind a prefix of {start}" if start else ""
             raise StructureError(
-                f"{tokens.shape[1]} tokens, but the position table holds "
-                f"{cfg.max_position_embeddings}"
+                f"{tokens.shape[1]} tokens{behind}, but the position table holds "
+                f"{self.config.max_position_embeddings}"
             )
 
 

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flora_jax.models.prefix import KeyValuePrefix, join, join_mask
+
 MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
 """Score of a key that may not be seen: finite, so that a row without keys gives no NaN."""
 
@@ -25,14 +27,16 @@ def visible(
     Args:
       q_positions, k_positions: ``[B or 1, T]`` and ``[B or 1, S]``.
       window: keys with ``0 <= i - j < window`` only.
-      q_segments, k_segments: packed sequences see their own segment only.
+      q_segments, k_segments: packed sequences see their own segment only; every segment sees
+        segment -1 (the virtual tokens of a trained prompt).
     """
     distance = q_positions[:, :, None] - k_positions[:, None, :]
     masks = [distance >= 0] if causal else []
     if window is not None:
         masks.append(distance < window)
     if q_segments is not None:
-        masks.append(q_segments[:, :, None] == k_segments[:, None, :])
+        k_segments = k_segments[:, None, :]
+        masks.append((q_segments[:, :, None] == k_segments) | (k_segments == -1))
     if not masks:
         return None
     mask = masks[0]
@@ -53,6 +57,7 @@ def attend(
     q_segments: jax.Array | None = None,
     k_segments: jax.Array | None = None,
     scale: float | None = None,
+    prefix: KeyValuePrefix | None = None,
 ) -> jax.Array:
     """``softmax(scale q k^T + mask) v`` with grouped queries; head n reads key head ``n // G``.
 
@@ -66,6 +71,7 @@ def attend(
       k, v: ``[B, S, K, H]``, N a multiple of K.
       q_positions, k_positions: ``[B or 1, T]`` and ``[B or 1, S]``; default 0, 1, 2 ...
       scale: default ``H ** -0.5``.
+      prefix: keys and values before the others, which every query sees.
 
     Returns:
       ``[B, T, N, H]`` in q's dtype; scores and sums in float32.
@@ -87,6 +93,9 @@ def attend(
         q_segments=q_segments,
         k_segments=k_segments,
     )
+    if prefix is not None:
+        mask, (k, v) = join_mask(prefix, mask, keys), join(prefix, k, v)
+        keys = k.shape[1]
     q = (q * (dim**-0.5 if scale is None else scale)).reshape(batch, length, kv_heads, group, dim)
     q = q.transpose(0, 2, 3, 1, 4).reshape(batch, kv_heads, group * length, dim)
     k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)

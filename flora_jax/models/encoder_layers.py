@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.core.errors import ConfigError, unknown
-from flora_jax.linen.layers import Dense
+from flora_jax.linen.layers import Dense, PrefixDense
+from flora_jax.models.prefix import join, join_mask, pair
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -91,17 +92,22 @@ class SelfAttention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        def project(name: str) -> jax.Array:
-            dense = Dense(
+        def dense(name: str, layer: type[Dense] = PrefixDense) -> Dense:
+            return layer(
                 x.shape[-1],
                 use_bias=self.use_bias,
                 param_dtype=self.param_dtype,
                 kernel_init=self.kernel_init,
                 name=name,
             )
-            return dense(x).reshape(*x.shape[:-1], self.heads, x.shape[-1] // self.heads)
 
-        q, k, v = project("query"), project("key"), project("value")
+        split = lambda y: y.reshape(*y.shape[:-1], self.heads, y.shape[-1] // self.heads)
+        q = split(dense("query", Dense)(x))
+        (k, k_prefix), (v, v_prefix) = dense("key")(x), dense("value")(x)
+        k, v = split(k), split(v)
+        prefix = pair(self, k_prefix, v_prefix, self.heads)
+        if prefix is not None:
+            mask, (k, v) = join_mask(prefix, mask, x.shape[1]), join(prefix, k, v)
         dropout = nn.Dropout(self.dropout, deterministic=not self.train)
         return attend(q, k, v, mask, dropout).reshape(x.shape)
 

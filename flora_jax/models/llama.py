@@ -17,10 +17,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flora_jax.core import ops
 from flora_jax.core.errors import ConfigError, unknown
-from flora_jax.linen.layers import Dense, Embed, RMSNorm
+from flora_jax.linen.layers import Dense, Embed, PrefixDense, RMSNorm
 from flora_jax.models import decoder_attention, registry
 from flora_jax.models.llama_config import LlamaConfig
+from flora_jax.models.prefix import pair
 from flora_jax.models.rope import rotate
 
 OUTPUTS = ("logits", "hidden")
@@ -48,15 +50,22 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array, cache: Any, window: Any, shared: dict[str, Any]):
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
-        dense = partial(Dense, kernel_init=init, param_dtype=jnp.dtype(c.param_dtype))
+
+        def dense(features: int, *, layer: type[Dense] = Dense, **fields: Any) -> Dense:
+            dtype = jnp.dtype(c.param_dtype)
+            return layer(features, kernel_init=init, param_dtype=dtype, **fields)
+
         heads, kv_heads, dim = c.num_attention_heads, c.num_key_value_heads, c.head_dim
 
-        def project(name: str, n: int) -> jax.Array:
-            y = dense(n * dim, use_bias=c.qkv_bias, name=name)(x)
-            return y.reshape(*y.shape[:-1], n, dim)
+        def project(name: str) -> tuple[jax.Array, Any]:
+            own = dense(kv_heads * dim, use_bias=c.qkv_bias, name=name, layer=PrefixDense)
+            y, entries = own(x)
+            return y.reshape(*y.shape[:-1], kv_heads, dim), entries
 
-        q, k = project("q_proj", heads), project("k_proj", kv_heads)
-        v = project("v_proj", kv_heads)
+        q = dense(heads * dim, use_bias=c.qkv_bias, name="q_proj")(x)
+        q = q.reshape(*q.shape[:-1], heads, dim)
+        (k, k_prefix), (v, v_prefix) = project("k_proj"), project("v_proj")
+        before = pair(self, k_prefix, v_prefix, kv_heads)
         if c.qk_norm:
             norm = partial(RMSNorm, c.rms_norm_eps, param_dtype=jnp.dtype(c.param_dtype))
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
@@ -67,6 +76,8 @@ class Attention(nn.Module):
             cache = decoder_attention.write_cache(cache, k, v, shared["positions"])
             k, v = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
             where = {"q_positions": shared["positions"], "k_positions": None}
+        if before is not None:
+            where["prefix"] = before
         y = self.core(
             q, k, v, **where, causal=True, window=window, q_segments=segments, k_segments=segments
         )
@@ -168,7 +179,7 @@ class Llama(nn.Module):
         Args:
           positions: ``[B, T]``; 0, 1, 2 ... by default. With a cache they are also the slots that
             are written, and a query sees the slots up to its own position.
-          segment_ids: ``[B, T]`` of packed sequences; a token sees its own segment only.
+          segment_ids: ``[B, T]`` of packed sequences; a token sees its own segment and segment -1.
           cache: of :meth:`init_cache`; returned with the new keys and values.
           output: ``hidden`` stops before the head (see :meth:`head`).
 
@@ -182,7 +193,9 @@ class Llama(nn.Module):
             raise ConfigError("a cache holds one sequence per row: segment_ids must be None")
         counted = jnp.arange(tokens.shape[1])[None]
         given = counted if positions is None else positions
-        cos, sin = c.rope.angles(given, c.head_dim)
+        # Behind an attention prefix the first token has position P; the cache does not hold it.
+        start = ops.prefix_start(self.variables.get("params", {}))
+        cos, sin = c.rope.angles(given + start, c.head_dim)
         shared = {
             "cos": cos,
             "sin": sin,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from flora_jax.core.errors import ConfigError, unknown
+from flora_jax.data.virtual import with_prompt
 
 Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 
@@ -166,6 +167,7 @@ class CausalLM:
 
     def __call__(self, bound, batch, rng, train) -> Sums:
         variables = {"params": bound}
+        batch = with_prompt(bound, batch)
         hidden, _ = self.model.apply(
             variables,
             batch["tokens"],
@@ -216,6 +218,7 @@ class Classification:
     label_smoothing: float = 0.0
 
     def __call__(self, bound, batch, rng, train) -> Sums:
+        batch = with_prompt(bound, batch)
         *inputs, labels = _inputs(batch, (*self.inputs, self.label))
         logits = self.model.apply({"params": bound}, *inputs)
         weight = _weights(batch, labels)

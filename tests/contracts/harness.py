@@ -61,6 +61,9 @@ ADAPTERS: dict[str, tuple[Any, int]] = {
     "OFT": (flora.OFT(block_size=4), 3 * 6),
     "OFT-shared": (flora.OFT(blocks=2, block_share=True, neumann_terms=0), 15),
 }
+# Trained tokens and attention entries act through whole models only: tests/adapters/test_prompts.py
+# has their contracts (counts, JSON, gradients, scan, remat, rows, named sums, bf16, low bits).
+IN_MODELS = {flora.PromptTuning, flora.PrefixTuning}
 # Methods that start near the identity, not at it: the largest change of the output at init, as a
 # share of its norm. What their papers and codes do; see docs/methods.md.
 NOT_IDENTITY = {"Bottleneck": 1e-3, "Compacter": 1e-3, "Compacter-phm": 1e-3}
