@@ -19,6 +19,7 @@ from flora_jax.io.peft_config import HEADS, PREFIX, PeftConfig, read_config
 from flora_jax.io.peft_layouts import check_spec
 from flora_jax.io.peft_methods import Site
 from flora_jax.io.peft_modules import Leaf, Model, Module, as_name_map
+from flora_jax.io.peft_prompts import load_prompt, prompt_type
 from flora_jax.io.peft_types import TYPES
 from flora_jax.io.safetensors import TensorFiles
 
@@ -57,6 +58,8 @@ def load_peft(
       PlanError: an adapter that does not fit its weight.
     """
     folder = Path(folder)
+    if prompt_type(folder):
+        return load_prompt(folder, _open(folder), Model(params, names), dtype)
     config = read_config(folder, TYPES)
     tensors = _open(folder)
     prefix = as_name_map(names).prefix

@@ -19,6 +19,7 @@ from flora_jax.io.peft_export import Row
 from flora_jax.io.peft_layouts import check_spec
 from flora_jax.io.peft_load import WEIGHTS
 from flora_jax.io.peft_modules import Leaf, Model, Module, shortest
+from flora_jax.io.peft_prompts import form_of, write_prompt
 from flora_jax.io.peft_types import TYPES
 from flora_jax.io.safetensors import save_one
 
@@ -61,6 +62,16 @@ def save_peft(
         raise FormatError(f"{folder}: already holds {WEIGHTS}; pass overwrite=True")
     check_adapters(adapters, plan)
     model = Model(params, names)
+    about = {
+        "task_type": task_type,
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+    }
+    prompts = form_of(plan)
+    if prompts is not None:
+        tensors, config = write_prompt(prompts, adapters, plan, model, names)
+        _write(folder, tensors, about | {"peft_type": prompts} | config)
+        return
     form, rows, whole = _sort(model, adapters, plan)
     tensors, config = form.write(rows, model)
     for row in rows:
@@ -73,18 +84,17 @@ def save_peft(
     if biases != "none":
         config["bias"] = f"{form.name.lower()}_only" if biases == "only" else biases
     config |= _tie(model, form, targets, kept, tensors)
-    common = {
-        "peft_type": form.name,
-        "task_type": task_type,
-        "base_model_name_or_path": base_model,
-        "inference_mode": True,
-    }
+    common = about | {"peft_type": form.name}
     if form.conv1d:
         common["fan_in_fan_out"] = _transposed(model, targets)
     elif _transposed(model, targets):
         raise PlanError(f"{min(targets)}: PEFT's {form.name} has no layer for GPT-2's Conv1D")
+    _write(folder, tensors, common | config)
+
+
+def _write(folder: Path, tensors: Tensors, config: Mapping[str, Any]) -> None:
     save_one(folder / WEIGHTS, dict(sorted(tensors.items())), {"format": "pt"})
-    write_json(folder / CONFIG, dict(sorted((common | config).items())))
+    write_json(folder / CONFIG, dict(sorted(config.items())))
 
 
 def _form(entry: Entry) -> PeftType:
