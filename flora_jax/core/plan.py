@@ -164,24 +164,30 @@ class Plan:
         """Twelve hex digits that change when anything in the plan does."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
-    def table(self, total: int | None = None) -> str:
+    def table(
+        self, total: int | None = None, trained: Mapping[str, int] | None = None
+    ) -> str:
         """Text table: path, shape, kind, adapter, trained numbers; totals in the last line.
 
         Args:
           total: size of the whole model, for the trained share.
+          trained: ``{path: numbers}``, for an optimizer that moves only some of them.
         """
+        counts = {owner.path: owner.count for owner in self.owners} | dict(trained or {})
+        count = sum(counts.values())
         rows = [("path", "shape", "kind", "adapter", "trained")]
         for e in self.entries:
             shape = "x".join(map(str, e.shape))
-            rows.append((e.path, shape, e.spec.kind, describe(e.adapter), f"{e.count:,}"))
+            rows.append((e.path, shape, e.spec.kind, describe(e.adapter), f"{counts[e.path]:,}"))
         for pool in self.pools:
             what = f"{len(pool.entries)} weights"
-            rows.append((pool.path, what, "shared", describe(pool.adapter), f"{pool.count:,}"))
+            numbers = f"{counts[pool.path]:,}"
+            rows.append((pool.path, what, "shared", describe(pool.adapter), numbers))
         widths = [max(len(row[i]) for row in rows) for i in range(5)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip() for row in rows]
         lines.insert(1, "  ".join("-" * w for w in widths))
-        share = "" if total is None else f" of {total:,} ({100 * self.count / total:.3f} %)"
-        return "\n".join([*lines, f"{len(self)} weights, {self.count:,} trained numbers{share}"])
+        share = "" if total is None else f" of {total:,} ({100 * count / total:.3f} %)"
+        return "\n".join([*lines, f"{len(self)} weights, {count:,} trained numbers{share}"])
 
 
 def describe(adapter: Adapter) -> str:

@@ -73,7 +73,7 @@ def lookup(family: str, name: str) -> type:
 
 
 def methods(family: str | None = None) -> list[Method]:
-    """Every registered method, sorted by family and name."""
+    """Every method registered so far, by family and name: optimizers join with their module."""
     rows = sorted(_METHODS.values(), key=lambda m: (m.family, m.name.lower()))
     return [m for m in rows if family in (None, m.family)]
 

@@ -7,6 +7,7 @@ from flora_jax.io import encoders
 from flora_jax.io.hf import load_hf, save_hf
 from flora_jax.io.peft_load import load_peft
 from flora_jax.io.peft_save import save_peft
+from flora_jax.io.sparse import apply_delta, load_delta, save_delta, sparse_delta
 
 # These need the packages of the [hf] extra, so they are imported when first used.
 _LAZY = {
@@ -19,7 +20,18 @@ _LAZY = {
     "save_gguf": "flora_jax.io.gguf",
 }
 
-__all__ = ["encoders", "load_hf", "load_peft", "save_hf", "save_peft", *_LAZY]
+__all__ = [
+    "apply_delta",
+    "encoders",
+    "load_delta",
+    "load_hf",
+    "load_peft",
+    "save_delta",
+    "save_hf",
+    "save_peft",
+    "sparse_delta",
+    *_LAZY,
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -57,7 +57,7 @@ def measure(built: setup.Setup, steps: int) -> dict[str, float]:
         "milliseconds": 1e3 * median,
         unit: size / median,
         "first_seconds": times[0],
-        "trained": built.plan.count,
+        "trained": sum(built.trained().values()),
         "flops": cost["flops"],
         "peak_bytes": cost["peak_bytes"],
         "temp_bytes": cost["temp_bytes"],

@@ -17,6 +17,7 @@ from flora_jax.quant import Format
 from flora_jax.training import EarlyStopping, optim, schedules
 
 OPTIMIZERS = (optim.AdamW, optim.SGD, optim.Lion, optim.Adafactor, optim.Groups, optim.lora_plus)
+FAMILIES = ("adapter", "optimizer")  # registered methods that gin files name
 SCHEDULES = (
     schedules.Constant,
     schedules.Linear,
@@ -53,7 +54,7 @@ MODELS = (
 @functools.cache
 def register_all() -> None:
     """Registers everything with gin, once; called before any file is parsed."""
-    for method in methods("adapter"):
+    for method in (m for family in FAMILIES for m in methods(family)):
         config.register(method.cls, name=method.name)
     for thing in (*OPTIMIZERS, *SCHEDULES, *DATA, *MODELS):
         config.register(thing)

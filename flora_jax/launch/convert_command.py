@@ -1,13 +1,15 @@
 """Converts a checkpoint: a model between hf, gguf and flora; a run's adapter to HF PEFT.
 
 The source is a named model, a folder or a GGUF file, or a run with --run: its adapter alone (--to
-peft, the default) or merged into its base (the other formats)."""
+peft, the default), the entries of the base that it changed (--to delta, one safetensors file: few
+for LIFT) or both merged (the other formats)."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
 
+import flora_jax as flora
 from flora_jax import io, quant, training
 from flora_jax.core.errors import ConfigError
 from flora_jax.launch import native
@@ -19,7 +21,7 @@ EXAMPLE = (
     "flora convert --run runs/kjv --out adapter/\n"
     "  flora convert smollm2-135m --out smollm2.gguf --to gguf --dtype q8_0"
 )
-FORMATS = ("hf", "gguf", "flora", "peft")
+FORMATS = ("hf", "gguf", "flora", "peft", "delta")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +43,8 @@ def run(options: argparse.Namespace) -> int:
     form = options.to or ("peft" if options.run else "hf")
     if form == "peft":
         _to_peft(options, target)
+    elif form == "delta":
+        _to_delta(options, target)
     else:
         _convert(options, target, form)
     print(f"{options.run or options.source} -> {target} ({form})")
@@ -68,10 +72,21 @@ def _read(options: argparse.Namespace) -> tuple:
     return open_model(options.source, "float32", {})
 
 
-def _to_peft(options: argparse.Namespace, target: Path) -> None:
+def _run(options: argparse.Namespace) -> tuple:
     if not options.run:
         raise ConfigError(f"{options.source} has no adapter: give a run folder with --run")
-    setup, state = reopen(options.run, options.step)
+    return reopen(options.run, options.step)
+
+
+def _to_delta(options: argparse.Namespace, target: Path) -> None:
+    setup, state = _run(options)
+    delta = io.sparse_delta(setup.base, flora.materialize(setup.bound(state)))
+    io.save_delta(target, setup.base, delta)
+    print(f"{sum(len(e.indices) for e in delta.values()):,} entries of {len(delta)} weights")
+
+
+def _to_peft(options: argparse.Namespace, target: Path) -> None:
+    setup, state = _run(options)
     subject = setup.subject
     if not hasattr(subject.model, "to_hf"):
         raise ConfigError(f"{subject.name} is not a model that Hugging Face knows")

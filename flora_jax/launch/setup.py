@@ -89,9 +89,18 @@ class Setup:
         )
         return prompt + texts[0]
 
+    def trained(self) -> dict[str, int]:
+        """``{path: numbers}`` that one step moves: fewer than the plan's where the optimizer masks
+        a weight (LIFT) or holds a group still."""
+        moved = training.moves(self.options["optimizer"], self.state.train)
+        return {
+            path: sum(moved[f"{path}/{name}"] for name in arrays)
+            for path, arrays in self.state.train.items()
+        }
+
     def table(self) -> str:
         """The plan as a table, with the trained share."""
-        return self.plan.table(self.parameters)
+        return self.plan.table(self.parameters, self.trained())
 
     @property
     def parameters(self) -> int:

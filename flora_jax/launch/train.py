@@ -89,9 +89,9 @@ def train(
     Returns:
       ``perplexity`` or ``accuracy`` and its ``..._before``; on the task that a small base was made
       for ``retention`` (accuracy) and ``forgetting`` (its cross-entropy after minus before);
-      ``trained`` numbers and how many of them are ``trained_adapters`` (not weights trained whole,
-      such as a fresh head); ``parameters`` of the model, ``adapter_bytes`` of a checkpoint;
-      ``seconds``, ``seconds_per_step``.
+      ``trained`` numbers (those that a step moves) and how many of them are ``trained_adapters``
+      (not weights trained whole, such as a fresh head); ``parameters`` of the model,
+      ``adapter_bytes`` of a checkpoint; ``seconds``, ``seconds_per_step``.
     """
     options = complete(locals())
     with contextlib.ExitStack() as stack:
@@ -112,9 +112,8 @@ def train(
     if out is not None:
         print(_next_commands(out, setup))
     figures = {**after, **{f"{k}_before": v for k, v in before.items()}}
-    counts = {"trained": setup.plan.count, "trained_adapters": _in_adapters(setup.plan)}
+    counts = _counts(setup) | early
     counts |= {"parameters": setup.parameters, "adapter_bytes": _adapter_bytes(setup.plan)}
-    counts |= early
     if options["measure"]:
         cost = step_cost(setup)
         counts |= {name: cost[name] for name in ("peak_bytes", "temp_bytes")}
@@ -148,9 +147,16 @@ def _adapter_bytes(plan: Plan) -> int:
     return sum(math.prod(shape) * np.dtype(dtype).itemsize for _, shape, dtype in arrays)
 
 
-def _in_adapters(plan: Plan) -> int:
-    """Trained numbers that are not those of a whole weight."""
-    return sum(o.count for o in plan.owners if not isinstance(o.adapter, Replace))
+def _counts(setup: setups.Setup) -> dict[str, int]:
+    """Trained numbers, and those of them that are not of a weight trained whole."""
+    trained = setup.trained()
+    whole = [
+        owner.path
+        for owner in setup.plan.owners
+        if isinstance(owner.adapter, Replace) and trained[owner.path] == owner.count
+    ]
+    total = sum(trained.values())
+    return {"trained": total, "trained_adapters": total - sum(trained[path] for path in whole)}
 
 
 def _fit(setup: setups.Setup, folder: str) -> training.FitResult:

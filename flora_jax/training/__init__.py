@@ -4,6 +4,7 @@ from flora_jax.training.checkpoint import Checkpointer as Checkpointer
 from flora_jax.training.checkpoint import Identity as Identity
 from flora_jax.training.checkpoint import fingerprint as fingerprint
 from flora_jax.training.cost import compiled_cost as compiled_cost
+from flora_jax.training.lift import LIFT as LIFT
 from flora_jax.training.loop import FitResult as FitResult
 from flora_jax.training.loop import fit as fit
 from flora_jax.training.losses import CausalLM as CausalLM
@@ -20,6 +21,7 @@ from flora_jax.training.optim import Lion as Lion
 from flora_jax.training.optim import Optimizer as Optimizer
 from flora_jax.training.optim import learning_rates as learning_rates
 from flora_jax.training.optim import lora_plus as lora_plus
+from flora_jax.training.optim import moves as moves
 from flora_jax.training.run_dir import RunDir as RunDir
 from flora_jax.training.run_dir import RunError as RunError
 from flora_jax.training.schedules import Constant as Constant

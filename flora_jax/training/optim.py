@@ -8,6 +8,7 @@ is. The learning rate is injected, so the step can report it (:func:`learning_ra
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,6 +39,15 @@ class Optimizer:
     def transform(self, learning_rate: Any, mask: Any) -> optax.GradientTransformation:
         """The optax transform for a concrete learning rate and decay mask (None: no decay)."""
         raise NotImplementedError
+
+    @property
+    def proportional(self) -> bool:
+        """Whether an update is the learning rate times something that does not depend on it."""
+        return True
+
+    def moves(self, params: Any) -> dict[str, int]:
+        """``{path: entries}``: how many entries of each array one step moves; all, by default."""
+        return {path: math.prod(x.shape) for path, x in paths.flatten(params).items()}
 
     def scaled(self, factor: float) -> Optimizer:
         """The same optimizer with ``factor`` times the learning rate."""
@@ -117,6 +127,10 @@ class Adafactor(Optimizer):
     clipping_threshold: float | None = 1.0
     multiply_by_parameter_scale: bool = False
 
+    @property
+    def proportional(self) -> bool:
+        return not self.weight_decay  # optax adds this decay after the learning rate
+
     def transform(self, learning_rate, mask):
         return optax.adafactor(
             learning_rate,
@@ -170,6 +184,20 @@ class Groups:
             )
         return paths.map_with_path(lambda path, _: hit[path], params)
 
+    @property
+    def proportional(self) -> bool:
+        """Whether every group's updates are; a bare transform's need not be."""
+        return all(o is None or getattr(o, "proportional", False) for _, o in self.rules)
+
+    def moves(self, params: Any) -> dict[str, int]:
+        """``{path: entries}`` that one step moves; 0 where the optimizer is None."""
+        labels, counts = self.labels(params), {}
+        for index, (pattern, optimizer) in enumerate(self.rules):
+            own = _subtree(params, labels, f"{index} {pattern}")
+            still = dict.fromkeys(paths.flatten(own), 0)
+            counts |= still if optimizer is None else moves(optimizer, own)
+        return counts
+
     def build(self, params: Any) -> optax.GradientTransformation:
         """``optax.partition`` over the groups."""
         labels = self.labels(params)
@@ -197,6 +225,17 @@ def build(optimizer: Any, params: Any) -> optax.GradientTransformation:
     if _is_transform(optimizer):
         return optimizer
     raise ConfigError(f"{optimizer!r} is not an optimizer")
+
+
+def moves(optimizer: Any, params: Any) -> dict[str, int]:
+    """``{path: entries}``: how many entries of each trained array one step of ``optimizer`` moves.
+
+    Args:
+      params: arrays or ShapeDtypeStructs.
+    """
+    if hasattr(optimizer, "moves"):
+        return optimizer.moves(params)
+    return Optimizer().moves(params)
 
 
 def learning_rates(opt_state: Any) -> dict[str, jax.Array]:

@@ -1,5 +1,6 @@
 """Every gin file in the tree parses, finalizes and has a header; every run is complete."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from flora_jax.launch.experiment import Experiment
 ROOT = Path(__file__).parents[2]
 FILES = sorted(p for name in ("configs", "experiments") for p in (ROOT / name).rglob("*.gin"))
 RUNS = sorted((ROOT / "configs" / "runs").glob("*.gin"))
+OPTIMIZERS = sorted((ROOT / "configs" / "optimizers").glob("*.gin"))
 SWEEPS = sorted(p.parent for p in (ROOT / "experiments").glob("*/sweep.py"))
 
 
@@ -52,6 +54,17 @@ def test_a_configuration_per_method(method):
         found = {type(a).__name__ for a in loaded.arguments("train")["rules"].values()}
         # A method may train the norms beside it.
         assert method in found and found <= {method, "Replace"}
+
+
+@pytest.mark.parametrize("path", OPTIMIZERS, ids=name)
+def test_an_optimizer_over_its_run_uses_every_binding(path):
+    """The header's command: ``--gin_file=RUN --gin_file=optimizers/NAME.gin``."""
+    catalogue.register_all()
+    command = rf"--gin_file=(runs/\w+.gin) --gin_file=optimizers/{path.name}"
+    (run,) = re.findall(command, path.read_text())
+    optimizer = config.load([ROOT / "configs" / run, path]).arguments("train")["optimizer"]
+    used = [o for _, o in getattr(optimizer, "rules", [("", optimizer)])]
+    assert path.stem in {type(o).__name__.lower() for o in used}
 
 
 @pytest.mark.parametrize("folder", SWEEPS, ids=lambda p: p.name)
