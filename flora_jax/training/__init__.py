@@ -13,6 +13,11 @@ from flora_jax.training.losses import Loss as Loss
 from flora_jax.training.losses import Regression as Regression
 from flora_jax.training.losses import chunked_cross_entropy as chunked_cross_entropy
 from flora_jax.training.losses import token_losses as token_losses
+from flora_jax.training.members import Members as Members
+from flora_jax.training.members import StackedBatches as StackedBatches
+from flora_jax.training.members import make_members_evaluator as make_members_evaluator
+from flora_jax.training.members import make_members_step as make_members_step
+from flora_jax.training.members import member as member
 from flora_jax.training.optim import SGD as SGD
 from flora_jax.training.optim import Adafactor as Adafactor
 from flora_jax.training.optim import AdamW as AdamW
@@ -36,11 +41,14 @@ from flora_jax.training.sharding import base_shardings as base_shardings
 from flora_jax.training.sharding import base_specs as base_specs
 from flora_jax.training.sharding import batch_sharding as batch_sharding
 from flora_jax.training.sharding import make_mesh as make_mesh
+from flora_jax.training.sharding import members_shardings as members_shardings
 from flora_jax.training.sharding import state_shardings as state_shardings
 from flora_jax.training.state import TrainState as TrainState
 from flora_jax.training.state import cast_base as cast_base
 from flora_jax.training.state import create_state as create_state
+from flora_jax.training.state import fresh_state as fresh_state
 from flora_jax.training.step import bad_paths as bad_paths
 from flora_jax.training.step import make_evaluator as make_evaluator
 from flora_jax.training.step import make_step as make_step
+from flora_jax.training.step import step_function as step_function
 from flora_jax.training.stopping import EarlyStopping as EarlyStopping

@@ -78,11 +78,13 @@ class Identity:
       plan: the plan of the adapters.
       base_fingerprint: :func:`fingerprint` of the frozen base.
       base_source: where the base came from (a folder, a file, a seed), for people.
+      members: ``Members.to_json`` of a state of several members, or "".
     """
 
     plan: Plan
     base_fingerprint: str
     base_source: str = ""
+    members: str = ""
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -90,6 +92,7 @@ class Identity:
             "plan": json.loads(self.plan.to_json()),
             "plan_fingerprint": self.plan.fingerprint(),
             "base": {"fingerprint": self.base_fingerprint, "source": self.base_source},
+            "members": self.members,
             "versions": {
                 "python": platform.python_version(),
                 "jax": jax.__version__,
@@ -112,6 +115,13 @@ class Identity:
                 f"{where}: checkpoint of another base: it was trained on {base['fingerprint']} "
                 f"({base['source'] or 'source unknown'}), this base is {self.base_fingerprint} "
                 f"({self.base_source or 'source unknown'})"
+            )
+
+        theirs = metadata.get("members", "")
+        if theirs != self.members:
+            raise RunError(
+                f"{where}: checkpoint of other members: {theirs or 'none'}, this run has "
+                f"{self.members or 'none'}"
             )
 
     def _difference(self, metadata: Mapping[str, Any]) -> str:
@@ -213,7 +223,7 @@ class Checkpointer:
         Raises:
           RunError: this write or the previous one met a full disk.
         """
-        step = int(state.step)
+        step = state.done
         if step in self.manager.all_steps():
             return
         # the next step donates these buffers while the writer may still read them

@@ -11,19 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 
-from flora_jax.core import initialize
 from flora_jax.core.errors import ConfigError
 from flora_jax.core.plan import Plan
 from flora_jax.training import distributed, sharding
 from flora_jax.training.checkpoint import Checkpointer, Identity, fingerprint
 from flora_jax.training.losses import Loss
+from flora_jax.training.members import (
+    Members,
+    alive,
+    make_members_evaluator,
+    make_members_step,
+    member,
+    spread,
+)
 from flora_jax.training.metrics import MetricWriter, Progress
 from flora_jax.training.optim import AdamW
 from flora_jax.training.place import Layout
 from flora_jax.training.run_dir import RunDir, RunError
-from flora_jax.training.state import PRNG, TrainState, create_state
+from flora_jax.training.state import TrainState, fresh_state
 from flora_jax.training.step import bad_paths, make_evaluator, make_step
 from flora_jax.training.stopping import EarlyStopping, Sigterm
 
@@ -73,6 +80,7 @@ def fit(
     evals: Mapping[str, Any] | None = None,
     eval_every: int | None = None,
     early_stopping: EarlyStopping | None = None,
+    members: Members | None = None,
     mesh: Any = None,
     rules: Any = sharding.LLAMA_RULES,
     resume: bool = True,
@@ -99,6 +107,9 @@ def fit(
       keep, best, best_mode: the last ``keep`` checkpoints and the best by ``best`` stay.
       evals: ``{name: eval}``; an eval is a re-iterable of batches (the loss is averaged over it) or
         ``f(state, base) -> {metric: value}``. Results are logged as ``name/metric``.
+      members: several runs in one program (:class:`Members`, in place of ``seed``). The state is
+        stacked; a logged figure is the mean of the members still going, ``<figure>/i`` that of
+        member i; a member that is not finite stops alone, and the run only with the last one.
       mesh: from :func:`make_mesh`; the batch is split over its data-like axes.
       rules: sharding rules of the base; adapters and optimizer state are derived.
       resume: go on from the newest checkpoint in ``run_dir``; False refuses a used folder.
@@ -114,20 +125,24 @@ def fit(
         raise ConfigError("evals and eval_every go together; best and early_stopping need both")
     optimizer = AdamW() if optimizer is None else optimizer
     run = _claim(run_dir, identity, resume)
-    owner = Identity(plan=plan, base_fingerprint=fingerprint(base), base_source=base_source)
+    owner = Identity(
+        plan=plan,
+        base_fingerprint=fingerprint(base),
+        base_source=base_source,
+        members="" if members is None else members.to_json(),
+    )
 
     def fresh() -> TrainState:
-        key = jax.random.key(seed, impl=PRNG)
-        new = adapters
-        if new is None:
-            new = initialize.init(plan, jax.random.fold_in(key, 0), base)
-        new = jax.tree.map(jnp.copy, new)  # the caller's arrays survive donation
-        return create_state(plan, new, optimizer, jax.random.fold_in(key, 1))
+        if members is None:
+            return fresh_state(plan, base, optimizer, seed, adapters)
+        return members.states(plan, base, optimizer, adapters)
 
-    layout = Layout.of(plan, base, fresh, mesh, rules)
-    step = make_step(
-        loss, plan, optimizer, accumulate=accumulate, clip=clip, shardings=layout.state
-    )
+    layout = Layout.of(plan, base, fresh, mesh, rules, members)
+    options = {"accumulate": accumulate, "clip": clip, "shardings": layout.state}
+    if members is None:
+        step = make_step(loss, plan, optimizer, **options)
+    else:
+        step = make_members_step(loss, plan, optimizer, members, **options)
     best_of = {"best": best, "mode": best_mode}
     saver = Checkpointer(run.checkpoints, owner, keep=keep, **best_of)
     with saver, Sigterm() as sigterm:
@@ -138,12 +153,13 @@ def fit(
             layout=layout,
             step=step,
             base=layout.place_base(base),
-            evals=_evals(evals, loss, plan, layout),
+            evals=_evals(evals, loss, plan, layout, members),
             steps=steps,
             every={"log": log_every, "save": save_every, "eval": eval_every},
             stopping=early_stopping,
             writer=MetricWriter(run if distributed.is_main() else None, tensorboard),
             sigterm=sigterm,
+            members=members,
         )
         return loop.run_to_end(fresh, progress and distributed.is_main())
 
@@ -154,13 +170,23 @@ def _claim(path: str | Path, identity: str, resume: bool) -> RunDir:
     return RunDir(Path(path), identity)
 
 
-def _evals(evals: Any, loss: Loss, plan: Plan, layout: Layout) -> dict[str, Eval]:
-    mean = make_evaluator(loss, plan)
+def _evals(
+    evals: Any, loss: Loss, plan: Plan, layout: Layout, members: Members | None
+) -> dict[str, Eval]:
+    mean = make_evaluator(loss, plan) if members is None else make_members_evaluator(loss, plan)
 
     def over(batches: Any) -> Eval:
         return lambda state, base: mean(state, base, map(layout.place_batch, batches))
 
     return {name: e if callable(e) else over(e) for name, e in (evals or {}).items()}
+
+
+def _trouble(metrics: Any) -> str:
+    """What was not finite in a step."""
+    bad = bad_paths(metrics)
+    where = f"gradients not finite in {', '.join(bad[:5])}" if bad else "finite gradients"
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return f"loss {float(metrics['loss'])}, {where}{more}"
 
 
 @dataclasses.dataclass
@@ -179,6 +205,8 @@ class _Loop:
     stopping: EarlyStopping | None
     writer: MetricWriter
     sigterm: Sigterm
+    members: Members | None = None
+    stopped: dict[int, int] = dataclasses.field(default_factory=dict)
     told: float = 0.0
     since: tuple[float, int] | None = None
     line: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -188,15 +216,15 @@ class _Loop:
     def run_to_end(self, fresh: Callable[[], TrainState], show: bool) -> FitResult:
         # a refused checkpoint leaves the folder, status included, as it was
         state = self._start(fresh)
-        self.progress = Progress(self.steps, int(state.step), show=show)
+        self.progress = Progress(self.steps, state.done, show=show)
         try:
-            self._status("running", int(state.step))
+            self._status("running", state.done)
             state, reason = self._steps(state)
             self._save(state)
             self.saver.wait()
             status = "preempted" if reason == "SIGTERM" else "done"
-            self._status(status, int(state.step), reason=reason)
-            self.progress.say(f"{status} at step {int(state.step)}: {reason}")
+            self._status(status, state.done, reason=reason)
+            self.progress.say(f"{status} at step {state.done}: {reason}")
             return FitResult(state, status, reason, self.line)
         except BaseException as error:
             with contextlib.suppress(RunError):  # a full disk must not hide its own message
@@ -214,7 +242,10 @@ class _Loop:
             return self.layout.place_state(fresh())
         movable = hasattr(self.stream, "set_state")
         state = self.saver.restore(self.layout.abstract, self.stream if movable else None)
-        done = int(state.step)
+        done = state.done
+        if self.members is not None:
+            behind = np.flatnonzero(~alive(state))
+            self.stopped = {int(i): int(state.step[i]) + 1 for i in behind}
         if not movable:
             collections.deque(zip(range(done), self.stream), maxlen=0)
         if distributed.is_main():
@@ -224,7 +255,7 @@ class _Loop:
         return state
 
     def _steps(self, state: TrainState) -> tuple[TrainState, str]:
-        done, reason = int(state.step), "steps"
+        done, reason = state.done, "steps"
         if self._exhausted():
             return state, "early stopping"
         while done < self.steps:
@@ -265,16 +296,27 @@ class _Loop:
 
     def _check(self, step: int, metrics: Any) -> None:
         """Stops the run when a step was not finite; its state was left as it had been."""
-        if metrics["ok"]:
+        ok = np.asarray(metrics["ok"])
+        if ok.all():
             return
+        if self.members is not None:
+            self._note_stopped(step, metrics, ok)
+            if ok.any():
+                return
+            metrics = member(metrics, max(self.stopped, key=self.stopped.get))
         self.saver.wait()
-        bad = bad_paths(metrics)
-        where = f"gradients not finite in {', '.join(bad[:5])}" if bad else "finite gradients"
-        more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
         raise RunError(
-            f"step {step}: loss {float(metrics['loss'])}, {where}{more}; "
-            f"last good checkpoint: step {self.saver.latest()}"
+            f"step {step}: {_trouble(metrics)}; last good checkpoint: step {self.saver.latest()}"
         )
+
+    def _note_stopped(self, step: int, metrics: Any, ok: np.ndarray) -> None:
+        """Says which members this step was the last of."""
+        for index in map(int, np.flatnonzero(~ok)):
+            if index not in self.stopped:
+                self.stopped[index] = step
+                self.progress.say(
+                    f"step {step}: member {index} stops: {_trouble(member(metrics, index))}"
+                )
 
     def _drain(self) -> None:
         while self.pending:
@@ -284,7 +326,8 @@ class _Loop:
         """Logs a step, evaluates and saves what is due; the reason to stop, if any."""
         self._drain()
         values = {k: v for k, v in metrics.items() if k not in ("ok", "bad")}
-        self.line = {k: float(v) for k, v in jax.device_get(values).items()}
+        good = np.ones(()) if self.members is None else alive(state)
+        self.line = spread(jax.device_get(values), good)
         self.line |= self._throughput(step, batch)
         found, improved = {}, False
         if self._due("eval", step):
@@ -315,14 +358,17 @@ class _Loop:
         seconds = max(now - then, 1e-9) / (step - first)
         unit = "tokens" if "tokens" in batch else "examples"
         shape = next(iter(batch.values())).shape if unit == "examples" else batch["tokens"].shape
-        rows = shape[0] * (shape[1] if unit == "tokens" else 1) * jax.process_count()
+        count = 1 if self.members is None else len(self.members)
+        shape = shape[1:] if self.members is not None and self.members.batches == "own" else shape
+        rows = count * shape[0] * (shape[1] if unit == "tokens" else 1) * jax.process_count()
         return {"perf/seconds_per_step": seconds, f"perf/{unit}_per_s": rows / seconds}
 
     def _evaluate(self, state: TrainState) -> dict[str, float]:
         found = {}
         for name, evaluate in self.evals.items():
             results = evaluate(state, self.base)
-            found |= {f"{name}/{metric}": float(value) for metric, value in results.items()}
+            results = {f"{name}/{metric}": value for metric, value in results.items()}
+            found |= spread(results, np.ones(()) if self.members is None else alive(state))
         for metric in (self.saver.best, self.stopping and self.stopping.metric):
             if metric and metric not in found:
                 raise ConfigError(f"no metric {metric!r}; the evals give {', '.join(found)}")

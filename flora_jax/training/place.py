@@ -48,7 +48,9 @@ class Layout:
     abstract: TrainState
 
     @classmethod
-    def of(cls, plan: Plan, base: Any, fresh: Callable, mesh: Any, rules: Any) -> Layout:
+    def of(
+        cls, plan: Plan, base: Any, fresh: Callable, mesh: Any, rules: Any, members: Any = None
+    ) -> Layout:
         abstract = jax.eval_shape(fresh)
         if mesh is None and jax.process_count() > 1:
             raise ConfigError(f"{jax.process_count()} processes need a mesh, e.g. data=-1")
@@ -58,7 +60,12 @@ class Layout:
             one = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)  # noqa: E731
             return cls(None, None, None, None, jax.tree.map(one, abstract))
         specs = sharding.base_specs(base, mesh, rules)
-        state = sharding.state_shardings(abstract, plan, specs, mesh)
+        if members is None:
+            state = sharding.state_shardings(abstract, plan, specs, mesh)
+        else:
+            if members.batches == "own":
+                raise ConfigError("Members.batches='own' has no layout on a mesh; use 'shared'")
+            state = sharding.members_shardings(abstract, plan, specs, mesh)
         abstract = jax.tree.map(
             lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, state
         )

@@ -234,6 +234,20 @@ def state_shardings(
     )
 
 
+def members_shardings(
+    states: TrainState, plan: Plan, specs: Mapping[str, P], mesh: Mesh
+) -> TrainState:
+    """Shardings of stacked members: those of one, the member axis over mesh axis ``member``.
+
+    Without such an axis, or where it does not divide the members, their axis is replicated.
+    """
+    one = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), states)
+    count = states.step.shape[0]
+    lead = "member" if count % mesh.shape.get("member", count + 1) == 0 else None
+    stack = lambda s: NamedSharding(mesh, P(lead, *s.spec))  # noqa: E731
+    return jax.tree.map(stack, state_shardings(one, plan, specs, mesh))
+
+
 def batch_sharding(mesh: Mesh, axes: Sequence[str] = BATCH_AXES) -> NamedSharding:
     """The first axis of every batch array over the data-like mesh axes; the rest replicated."""
     names = tuple(name for name in axes if name in mesh.shape)

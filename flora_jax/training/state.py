@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flora_jax.core import initialize
 from flora_jax.core.adapter import PRNG
 from flora_jax.core.initialize import combine, partition
 from flora_jax.core.leaf import is_leaf
@@ -35,6 +36,11 @@ class TrainState:
     rng: jax.Array
 
     @property
+    def done(self) -> int:
+        """Finished steps, on the host; of the furthest one of stacked members."""
+        return int(self.step if self.step.ndim == 0 else jnp.max(self.step))
+
+    @property
     def adapters(self) -> Any:
         """``{path: {name: array}}`` with the frozen arrays."""
         return combine(self.train, self.frozen)
@@ -56,6 +62,17 @@ def create_state(plan: Plan, adapters: Any, optimizer: Any, rng: jax.Array | int
         rng = jax.random.key(rng, impl=PRNG)
     opt_state = jax.jit(optim.build(optimizer, train).init)(train)
     return TrainState(jnp.zeros((), jnp.int32), train, frozen, opt_state, rng)
+
+
+def fresh_state(
+    plan: Plan, base: Any, optimizer: Any, seed: int, adapters: Any = None
+) -> TrainState:
+    """Step 0 of a run: adapters from ``seed``, or copies of given ones, and its key."""
+    key = jax.random.key(seed, impl=PRNG)
+    if adapters is None:
+        adapters = initialize.init(plan, jax.random.fold_in(key, 0), base)
+    adapters = jax.tree.map(jnp.copy, adapters)  # the caller's arrays survive donation
+    return create_state(plan, adapters, optimizer, jax.random.fold_in(key, 1))
 
 
 def cast_base(params: Any, dtype: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from flora_jax.core import paths
@@ -57,6 +58,44 @@ def _sum_gradients(grad: Callable, batch: Any, rng: jax.Array, parts: int) -> An
     return total
 
 
+def step_function(
+    loss: Loss, plan: Plan, optimizer: Any, *, accumulate: int = 1, clip: float | None = None
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The step as a pure function, not yet jitted; arguments as in :func:`make_step`.
+
+    Returns:
+      ``step(state, base, batch, rate=None, alive=None)``. ``rate`` multiplies the optimizer's
+      update; where ``alive`` is False the state comes back unchanged, as after a bad gradient.
+
+    Raises:
+      ConfigError: ``accumulate`` or ``clip`` is not positive.
+    """
+    if accumulate < 1:
+        raise ConfigError(f"accumulate={accumulate} must be at least 1")
+    if clip is not None and clip <= 0:
+        raise ConfigError(f"clip={clip} must be positive, or None")
+
+    def step(state: TrainState, base: Any, batch: Mapping[str, Any], rate=None, alive=None):
+        def objective(train, micro, key):
+            adapters = combine(train, state.frozen)
+            bound = bind(base, adapters, plan, example=micro.get("example"), rng=key, train=True)
+            total, weight, aux = loss(bound, micro, key, True)
+            return total, (weight, aux)
+
+        grad = jax.value_and_grad(objective, has_aux=True)
+        rng = jax.random.fold_in(state.rng, state.step)
+        (total, (weight, aux)), grads = _sum_gradients(
+            lambda micro, key: grad(state.train, micro, key), batch, rng, accumulate
+        )
+        scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
+        metrics = {"loss": total * scale, "weight": weight}
+        metrics |= {name: value * scale for name, value in aux.items()}
+        return _update(state, grads, metrics, optimizer, clip, rate, alive)
+
+    return step
+
+
 def make_step(
     loss: Loss,
     plan: Plan,
@@ -85,50 +124,39 @@ def make_step(
     Raises:
       ConfigError: ``accumulate`` or ``clip`` is not positive.
     """
-    if accumulate < 1:
-        raise ConfigError(f"accumulate={accumulate} must be at least 1")
-    if clip is not None and clip <= 0:
-        raise ConfigError(f"clip={clip} must be positive, or None")
-
-    def step(state: TrainState, base: Any, batch: Mapping[str, Any]):
-        def objective(train, micro, key):
-            adapters = combine(train, state.frozen)
-            bound = bind(base, adapters, plan, example=micro.get("example"), rng=key, train=True)
-            total, weight, aux = loss(bound, micro, key, True)
-            return total, (weight, aux)
-
-        grad = jax.value_and_grad(objective, has_aux=True)
-        rng = jax.random.fold_in(state.rng, state.step)
-        (total, (weight, aux)), grads = _sum_gradients(
-            lambda micro, key: grad(state.train, micro, key), batch, rng, accumulate
-        )
-        scale = 1.0 / jnp.where(weight > 0, weight, 1.0)
-        grads = jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
-        metrics = {"loss": total * scale, "weight": weight}
-        metrics |= {name: value * scale for name, value in aux.items()}
-        return _update(state, grads, metrics, optimizer, clip)
-
+    step = step_function(loss, plan, optimizer, accumulate=accumulate, clip=clip)
     out = None if shardings is None else (shardings, shardings.step)
     return jax.jit(step, donate_argnums=(0,) if donate else (), out_shardings=out)
 
 
 def _update(
-    state: TrainState, grads: Any, metrics: Metrics, optimizer: Any, clip: float | None
+    state: TrainState,
+    grads: Any,
+    metrics: Metrics,
+    optimizer: Any,
+    clip: float | None,
+    rate: Any,
+    alive: Any,
 ) -> tuple[TrainState, Metrics]:
     squares = jax.tree.map(lambda g: jnp.sum(jnp.square(g)), grads)
     norm = jnp.sqrt(sum(jax.tree.leaves(squares), jnp.zeros(())))
     bad = {path: ~jnp.isfinite(s) for path, s in paths.flatten(squares).items()}
     ok = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+    ok = ok if alive is None else ok & alive
     if clip is not None:
         shrink = jnp.minimum(1.0, clip / jnp.maximum(norm, 1e-16))
         grads = jax.tree.map(lambda g: g * shrink, grads)
     grads = jax.tree.map(lambda g, p: g.astype(p.dtype), grads, state.train)
     tx = optax.with_extra_args_support(optim.build(optimizer, state.train))
     updates, opt_state = tx.update(grads, state.opt_state, state.train, value=metrics["loss"])
+    if rate is not None:
+        updates = jax.tree.map(lambda u: (rate * u).astype(u.dtype), updates)
     new = (state.step + 1, optax.apply_updates(state.train, updates), opt_state)
     old = (state.step, state.train, state.opt_state)
     count, train, opt_state = jax.tree.map(lambda n, o: jnp.where(ok, n, o), new, old)
-    metrics |= {"grad_norm": norm, "ok": ok, "bad": bad, **optim.learning_rates(opt_state)}
+    rates = optim.learning_rates(opt_state)
+    rates = rates if rate is None else {name: rate * value for name, value in rates.items()}
+    metrics |= {"grad_norm": norm, "ok": ok, "bad": bad, **rates}
     return dataclasses.replace(state, step=count, train=train, opt_state=opt_state), metrics
 
 
@@ -137,24 +165,40 @@ def bad_paths(metrics: Metrics) -> list[str]:
     return sorted(path for path, flag in jax.device_get(metrics["bad"]).items() if flag)
 
 
-def make_evaluator(loss: Loss, plan: Plan) -> Callable[..., dict[str, float]]:
-    """``evaluate(state, base, batches) -> {"loss": ..., <aux>: ...}``, means over all batches."""
+def sums_function(loss: Loss, plan: Plan) -> Callable[..., tuple[jax.Array, Metrics]]:
+    """``sums(train, frozen, base, batch) -> (weight, {"loss": sum, <aux>: sum})``, not jitted."""
 
-    @jax.jit
-    def sums(train, frozen, base, batch):
+    def sums(train: Any, frozen: Any, base: Any, batch: Mapping[str, Any]):
         bound = bind(base, combine(train, frozen), plan, example=batch.get("example"))
         total, weight, aux = loss(bound, batch, None, False)
         return weight, {"loss": total, **aux}
 
+    return sums
+
+
+def make_evaluator(loss: Loss, plan: Plan) -> Callable[..., dict[str, float]]:
+    """``evaluate(state, base, batches) -> {"loss": ..., <aux>: ...}``, means over all batches."""
+    sums = jax.jit(sums_function(loss, plan))
+
     def evaluate(state: TrainState, base: Any, batches: Iterable[Any]) -> dict[str, float]:
-        weight, totals = 0.0, {}
-        for batch in batches:
-            part, values = jax.device_get(sums(state.train, state.frozen, base, batch))
-            weight += float(part)
-            for name, value in values.items():
-                totals[name] = totals.get(name, 0.0) + float(value)
-        if not weight:
-            raise ConfigError("evaluation saw no examples: the data set is empty or fully masked")
-        return {name: value / weight for name, value in totals.items()}
+        means = mean_over(lambda batch: sums(state.train, state.frozen, base, batch), batches)
+        return {name: float(value) for name, value in means.items()}
 
     return evaluate
+
+
+def mean_over(sums: Callable[[Any], Any], batches: Iterable[Any]) -> dict[str, np.ndarray]:
+    """Sums over batches divided by the weights' sum, in float64 on the host.
+
+    Raises:
+      ConfigError: there are no batches, or their weights are zero.
+    """
+    weight, totals = np.zeros(()), {}
+    for batch in batches:
+        part, values = jax.device_get(sums(batch))
+        weight = weight + np.asarray(part, np.float64)
+        for name, value in values.items():
+            totals[name] = totals.get(name, 0.0) + np.asarray(value, np.float64)
+    if not weight.all():
+        raise ConfigError("evaluation saw no examples: the data set is empty or fully masked")
+    return {name: value / weight for name, value in totals.items()}

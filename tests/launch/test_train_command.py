@@ -167,3 +167,13 @@ def test_quickstart_compares_lora_and_flora(tiny, tmp_path, capsys):
     assert table[0].startswith("method  trained  perplexity before")
     assert table[1].startswith("LoRA ") and table[2].startswith("FLoRA ")
     assert RunDir(tmp_path / "flora").status()["state"] == "done"
+
+
+def test_bench_members(tiny, capsys):
+    words = ["bench", "members", f"--gin_file={tiny / 'lm.gin'}", "--members", "2", "--json"]
+    assert main([*words, "--steps", "2", "--rounds", "1"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert figures["members"] == figures["steps"] == 2
+    assert figures["together_seconds"] > 0 and figures["largest_loss_difference"] < 1e-4
+    assert main([*words, "--rounds", "0"]) == 1
+    assert "--rounds must be at least 1" in capsys.readouterr().err
