@@ -6,6 +6,7 @@ from typing import Any as _Any
 from flora_jax import adapters as adapters
 from flora_jax.adapters import IA3 as IA3
 from flora_jax.adapters import KORE as KORE
+from flora_jax.adapters import MASA as MASA
 from flora_jax.adapters import NOLA as NOLA
 from flora_jax.adapters import OFT as OFT
 from flora_jax.adapters import Bone as Bone
@@ -26,6 +27,7 @@ from flora_jax.adapters import Replace as Replace
 from flora_jax.adapters import SoKA as SoKA
 from flora_jax.adapters import SVFit as SVFit
 from flora_jax.adapters import VeRA as VeRA
+from flora_jax.adapters import VLoRA as VLoRA
 from flora_jax.adapters import spectral_ranks as spectral_ranks
 from flora_jax.core.bind import bind as bind
 from flora_jax.core.bind import materialize as materialize

@@ -10,6 +10,7 @@ from flora_jax.adapters.kore import KORE as KORE
 from flora_jax.adapters.loha import LoHa as LoHa
 from flora_jax.adapters.lokr import LoKr as LoKr
 from flora_jax.adapters.lora import LoRA as LoRA
+from flora_jax.adapters.masa import MASA as MASA
 from flora_jax.adapters.miss import Bone as Bone
 from flora_jax.adapters.miss import MiSS as MiSS
 from flora_jax.adapters.nola import NOLA as NOLA
@@ -23,3 +24,4 @@ from flora_jax.adapters.soka import SoKA as SoKA
 from flora_jax.adapters.spectra import spectral_ranks as spectral_ranks
 from flora_jax.adapters.svfit import SVFit as SVFit
 from flora_jax.adapters.vera import VeRA as VeRA
+from flora_jax.adapters.vlora import VLoRA as VLoRA

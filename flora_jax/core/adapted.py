@@ -36,7 +36,7 @@ class Bound:
 
     Args:
       pool: what the weights of its configuration share, repeated over the stack.
-      example: arrays ``[N, ...]`` generated from the features of N rows.
+      example: arrays ``[N, ...]`` generated from the features of N rows; one row's serve any batch.
       bias: the layer's bias, for adapters of the layer's output.
     """
 
@@ -49,6 +49,20 @@ class Bound:
     bias: jax.Array | None
     adapter: Adapter = dataclasses.field(metadata={"static": True})
 
+    @property
+    def count(self) -> int:
+        """How many rows there are generated arrays for; 0 without any (in an unstacked leaf)."""
+        return len(jax.tree.leaves(self.example)[0]) if self.example else 0
+
+    def for_row(self, n: jax.Array, example: Params | None) -> Bound:
+        """The adapter as row n has it: its generated arrays, a dropout mask of its own."""
+        dropout = self.dropout
+        if dropout is not None:
+            key = jax.random.wrap_key_data(dropout, impl=PRNG)
+            dropout = jax.random.key_data(jax.random.fold_in(key, n))
+        params = {**self.params, **(example or {})}
+        return dataclasses.replace(self, params=params, dropout=dropout, example=None)
+
     def context(self, base: Base) -> Context:
         """What the operator may look at."""
         wrap = lambda data: None if data is None else jax.random.wrap_key_data(data, impl=PRNG)
@@ -57,8 +71,7 @@ class Bound:
 
     def expression(self, base: Base) -> LinearMap:
         """The adapted weight as an expression."""
-        params = {**self.params, **(self.example or {})}
-        return self.adapter.operator(params, base.spec, self.context(base))
+        return self.adapter.operator(self.params, base.spec, self.context(base))
 
     @property
     def prefixed(self) -> bool:
@@ -181,8 +194,11 @@ class Adapted(_Planned):
 
     def contract(self, how: Contraction, x: Any) -> jax.Array:
         how = self._prepare(how)
-        if any(bound.example for bound in self.bound):
-            return self._by_rows(x, lambda leaf, row: leaf.contract(how, row))
+        count = self._rows
+        if count > 1:
+            return self._by_rows(count, x, lambda leaf, row: leaf.contract(how, row))
+        if count == 1:
+            return self._for_all().contract(how, x)
         y = how.leave(self.operator().apply(Inputs(how, x)))
         acting = [bound for bound in self.bound if bound.acts]
         if not acting:
@@ -194,29 +210,48 @@ class Adapted(_Planned):
 
     def attend(self, x, precision=None):
         self._check_taken()
-        if any(bound.example for bound in self.bound):
-            return self._by_rows(x, lambda leaf, row: leaf.attend(row))
+        count = self._rows
+        if count > 1:
+            return self._by_rows(count, x, lambda leaf, row: leaf.attend(row))
+        if count == 1:
+            return self._for_all().attend(x)
         return self.operator().T.then(x)
 
-    def _by_rows(self, x: jax.Array, run: Callable[[Adapted, jax.Array], jax.Array]) -> jax.Array:
-        """``run`` on each row with the arrays that were generated for it."""
-        examples = [bound.example for bound in self.bound]
-        _check_rows(self.spec, len(jax.tree.leaves(examples)[0]), x)
+    @property
+    def _rows(self) -> int:
+        """How many rows have weights of their own; 0 if all rows share one."""
+        return max(bound.count for bound in self.bound)
 
-        def one(examples, x):
-            bound = tuple(
-                b if e is None else dataclasses.replace(b, params={**b.params, **e}, example=None)
-                for b, e in zip(self.bound, examples)
-            )
+    def _for_all(self) -> Adapted:
+        """The weight generated from the features of one row, for any batch."""
+        first = lambda b: None if b.example is None else jax.tree.map(lambda a: a[0], b.example)
+        bound = (
+            dataclasses.replace(b, params={**b.params, **(first(b) or {})}, example=None)
+            for b in self.bound
+        )
+        return dataclasses.replace(self, bound=tuple(bound))
+
+    def _by_rows(
+        self, count: int, x: jax.Array, run: Callable[[Adapted, jax.Array], jax.Array]
+    ) -> jax.Array:
+        """``run`` on each row with the arrays that were generated for it."""
+        _check_rows(self.spec, count, x)
+        examples = tuple(bound.example for bound in self.bound)
+
+        def one(n, examples, x):
+            bound = tuple(b.for_row(n, e) for b, e in zip(self.bound, examples))
             return run(dataclasses.replace(self, bound=bound), x[None])[0]
 
-        return jax.vmap(one)(examples, x)
+        return jax.vmap(one)(jnp.arange(count), examples, x)
 
     def check_linear(self) -> None:
         """Raise PlanError unless the adapted weight is one weight, whatever the input."""
         for bound in self.bound:
-            if bound.example is not None:
-                raise PlanError(f"{name_of(bound.adapter)} gives each row a weight of its own")
+            if bound.count > 1:
+                raise PlanError(
+                    f"{name_of(bound.adapter)} gives each of {bound.count} rows a weight of its "
+                    "own; bind(example=) the features of one row to merge for it"
+                )
             if not method_of(bound.adapter).mergeable:
                 raise PlanError(
                     f"{name_of(bound.adapter)} is no change of the weight and does not merge; keep "
@@ -225,14 +260,14 @@ class Adapted(_Planned):
 
     def dense(self, dtype=None):
         self.check_linear()
-        matrix = self.operator().dense()
+        matrix = self._for_all().operator().dense()
         return self.spec.restore(matrix, self.shape).astype(dtype or self.dtype)
 
     def change(self) -> jax.Array:
         """``W - W0`` in canonical form ``[.., in, out]``, float32 or better, as one matrix."""
         self.check_linear()
         base = Base(self.base, self.spec)
-        change = delta(self.operator(), base)
+        change = delta(self._for_all().operator(), base)
         wide = jnp.promote_types(self.dtype, jnp.float32)
         zero = jnp.zeros(self.spec.canonical_shape(self.shape), wide)
         return sum((term.dense().astype(wide) for term in terms(change)), zero)
@@ -242,7 +277,7 @@ class Adapted(_Planned):
         self.check_linear()
         base = Base(self.base, self.spec)
         parts = []
-        for bound in self.bound:
+        for bound in self._for_all().bound:
             found = delta_factors(bound.expression(base), base)
             if found is not None and bound.weight is not None:
                 found = (found[0] * bound.weight, found[1])
@@ -276,7 +311,7 @@ class Group:
     """K adapters of one configuration and the rows that use them.
 
     Args:
-      bound: arrays with a leading axis K.
+      bound: arrays with a leading axis K; generated ones ``[K, N, ...]``.
       shift: what they add to the layer's bias, ``[K, *out]``, or None.
       pick: which of the K a row uses, ``[N]``.
       on: whether it uses any, ``[N]``.
@@ -305,9 +340,10 @@ class Group:
         """What the rows' adapters add to the base output ``y``.
 
         Expressions are built once per adapter, then gathered: a DoRA's norm or a NOLA's bases are
-        found K times, not N times.
+        found K times, not N times. Where rows have generated arrays each has its own expression.
         """
         additive = []
+        stored, pick = self._with_generated(len(x))
 
         def build(bound: Bound) -> LinearMap:
             expression = bound.expression(base)
@@ -318,8 +354,8 @@ class Group:
         acts = self.bound.acts
         if acts and how is None:
             return jnp.zeros_like(y)
-        maps = self.bound if acts else jax.vmap(build)(self.bound)
-        take = lambda tree: jax.tree.map(lambda a: a[self.pick], tree)
+        maps = stored if acts else jax.vmap(build)(stored)
+        take = lambda tree, index: jax.tree.map(lambda a: a[index], tree)
 
         def row(n, map_, shift, x, y):
             if acts:
@@ -335,9 +371,22 @@ class Group:
             return z + inner.astype(z.dtype)
 
         count = jnp.arange(x.shape[0])
-        z = jax.vmap(row)(count, take(maps), take(self.shift), x, y)
+        z = jax.vmap(row)(count, take(maps, pick), take(self.shift, self.pick), x, y)
         on = self.on.reshape(-1, *(1,) * (z.ndim - 1))
         return jnp.where(on, z, jnp.zeros_like(z))
+
+    def _with_generated(self, count: int) -> tuple[Bound, jax.Array]:
+        """Adapters without generated arrays and which of them each of ``count`` rows uses."""
+        if self.bound.example is None:
+            return self.bound, self.pick
+        examples = self.bound.example
+        generated = jax.tree.leaves(examples)[0].shape[1]
+        if generated not in (1, count):
+            raise PlanError(f"features of {generated} rows for a batch of {count} rows")
+        rows = jnp.arange(count) % generated
+        taken = jax.tree.map(lambda a: a[self.pick], dataclasses.replace(self.bound, example=None))
+        params = taken.params | jax.tree.map(lambda a: a[self.pick, rows], examples)
+        return dataclasses.replace(taken, params=params), jnp.arange(count)
 
 
 @jax.tree_util.register_dataclass

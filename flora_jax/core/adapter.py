@@ -49,12 +49,12 @@ class Adapter:
       statistics: names of the input statistics (:func:`flora_jax.calibrate`) that ``init`` reads;
         it then takes them as a fourth argument ``{name: array}``.
       shared_basis: one random basis for all leaves instead of one per path.
-      whole_stack: the method couples the layers of a scanned stack: ``init`` and ``value`` see the
-        stacked leaf, and the arrays have no stack axes of their own.
+      whole_stack: the method couples the layers of a scanned stack: ``init`` sees the stacked leaf,
+        the arrays have whatever axes it gives them, and :meth:`spread` makes each layer's own.
       pooled: :meth:`pool` makes arrays that all weights with this configuration share.
       per_example: :meth:`generate` makes further arrays from each row's own features.
-      dim_names: parameter name -> what each axis follows: ``in``, ``out``, ``batch``, ``kernel``
-        (all axes of the kernel as stored) or None; shardings are derived from it.
+      dim_names: parameter name -> what each axis follows: ``in``, ``out``, ``batch`` or None; a
+        last ``kernel`` stands for all axes of the kernel as stored. Shardings follow from it.
     """
 
     kinds: ClassVar[tuple[str, ...]] = CONTRACTED
@@ -80,6 +80,17 @@ class Adapter:
     def finish(self, arrays: Params, stack: tuple[int, ...]) -> Params:
         """The arrays of all layers of a stack, for what ``init`` of one layer cannot know."""
         return arrays
+
+    def spread(self, params: Params, spec: KernelSpec, base: Any) -> Params:
+        """``{name: [*stack, ...]}``: each layer's own arrays of a ``whole_stack`` method.
+
+        Runs once a step, outside the scan; ``operator``, ``bias`` and ``value`` see its result.
+
+        Args:
+          spec: with its stack axes.
+          base: shape and dtype of the stacked leaf.
+        """
+        return params
 
     def operator(self, params: Params, spec: KernelSpec, ctx: Context) -> LinearMap:
         """The adapted weight as an expression of ``ctx.base`` and the parameters."""

@@ -27,6 +27,7 @@ from flora_jax.core.uses import (
     replaced,
     seeing_bias,
     sibling_bias,
+    stopped,
     values,
 )
 
@@ -71,13 +72,15 @@ def bind(
       weights: per adapter name, arrays or floats (they may be traced: no recompile on change).
       rows: ``[N]`` int32, for a batch of N rows (the leading axis of every layer's input): the
         place of the row's adapter among the names, -1 for the base alone. It may be traced.
-      example: features of each row, ``[N, ...]``, for methods that generate weights from them.
+      example: features of each row, ``[N, ...]``, for methods that generate weights from them; with
+        one row its weights serve any batch and can be merged. They are generated here: bind once
+        outside a decoding loop.
       rng: key of this step for adapter dropout; only used with ``train=True``.
       train: whether branches drop out.
 
     Raises:
       StructureError: adapters and plan differ; weights and adapter names differ.
-      PlanError: a method without a form per row, or without the features it needs.
+      PlanError: a weight that cannot differ from row to row, or features are missing.
     """
     if isinstance(adapters, Stacked):
         if rows is None or weights is not None or example is not None:
@@ -97,7 +100,7 @@ def bind(
         key = rng if train else None
         if key is not None and name is not None:
             key = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        pools = {pool.adapter: tree[pool.path] for pool in one.pools}
+        pools = {pool.adapter: stopped(pool, tree[pool.path]) for pool in one.pools}
         generated = _generate(one.pools, pools, example)
         for entry in one:
             bound = bound_of(

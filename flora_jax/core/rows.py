@@ -40,9 +40,6 @@ def mixed(
         raise PlanError(f"{path}: a {entry.spec.kind} weight cannot differ from row to row")
     alike: dict[Adapter, list[Use]] = {}
     for use in uses:
-        if use.entry.adapter.whole_stack or use.bound.example is not None:
-            name = name_of(use.entry.adapter)
-            raise PlanError(f"{path}: {name} has no form in which rows choose among adapters")
         alike.setdefault(use.entry.adapter, []).append(use)
     groups = tuple(_group(path, group, bias, picked) for group in alike.values())
     return Mixed(leaf, groups, entry.spec.unstacked())
@@ -70,6 +67,9 @@ def attach_stacked(
     leaves = paths.flatten(params, is_leaf=is_leaf)
     new: dict[str, Any] = {}
     for entry in plan:
+        if entry.adapter.whole_stack or entry.adapter.per_example:
+            name = name_of(entry.adapter)
+            raise PlanError(f"{entry.path}: {name} does not lie in common arrays; bind named trees")
         leaf = leaves[entry.path]
         if tuple(leaf.shape) != entry.shape:
             raise StructureError(

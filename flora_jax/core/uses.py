@@ -13,8 +13,8 @@ from flora_jax.core.adapted import Bound
 from flora_jax.core.adapter import PRNG, Params, output_sizes
 from flora_jax.core.errors import PlanError, StructureError
 from flora_jax.core.initialize import over_stack, path_keys
-from flora_jax.core.leaf import Weight
-from flora_jax.core.plan import Entry
+from flora_jax.core.leaf import Weight, dense
+from flora_jax.core.plan import Entry, Pool
 from flora_jax.core.registry import name_of
 
 
@@ -26,10 +26,18 @@ class Use(NamedTuple):
     index: int
 
 
+def stopped(owner: Entry | Pool, arrays: Params) -> Params:
+    """The arrays, the frozen ones without gradient."""
+    frozen = {name for name, _, _ in owner.frozen}
+    return {n: jax.lax.stop_gradient(a) if n in frozen else a for n, a in arrays.items()}
+
+
 def bound_of(entry: Entry, arrays: Params, key: jax.Array | None, weight: Any) -> Bound:
     adapter = entry.adapter
-    frozen = {name for name, _, _ in entry.frozen}
-    arrays = {n: jax.lax.stop_gradient(a) if n in frozen else a for n, a in arrays.items()}
+    arrays = stopped(entry, arrays)
+    if adapter.whole_stack:
+        base = jax.ShapeDtypeStruct(entry.shape, jnp.dtype(entry.dtype))
+        arrays = adapter.spread(arrays, entry.spec, base)
     dropout = basis = None
     if key is not None and getattr(adapter, "dropout", 0.0) > 0.0:
         dropout = jax.random.key_data(path_keys(key, entry.path, entry.stack))
@@ -79,12 +87,12 @@ def replaced(leaf: Weight, uses: list[Use]) -> jax.Array:
     values = [use.bound.adapter.value(use.bound.params) for use in uses]
     if len(uses) == 1 and uses[0].bound.weight is None:
         return values[0]
-    total = leaf
+    total = old = over_stack(dense, len(uses[0].entry.stack))(leaf)
     for use, value in zip(uses, values):
-        change, weight = value - leaf, use.bound.weight
+        change, weight = value - old, use.bound.weight
         weight = jnp.ones(()) if weight is None else weight
         weight = jnp.reshape(weight, jnp.shape(weight) + (1,) * (change.ndim - jnp.ndim(weight)))
-        total = total + (weight * change).astype(leaf.dtype)
+        total = total + (weight * change).astype(old.dtype)
     return total
 
 
@@ -94,8 +102,6 @@ def bias_change(use: Use, bias: jax.Array | None, path: str) -> jax.Array | None
     if bias is None:
         if getattr(adapter, "use_bias", False):
             raise StructureError(f"{path}: the adapter has a bias, the layer has none")
-        return None
-    if adapter.whole_stack:
         return None
     spec = entry.spec.unstacked()
     f = over_stack(lambda p, b: adapter.bias(p, b, spec), len(entry.stack))

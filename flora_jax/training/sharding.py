@@ -165,8 +165,8 @@ def adapter_spec(entry: Entry, name: str, shape: tuple[int, ...], spec: P) -> P:
     if entry.adapter.whole_stack:
         stack, n = (), 0
     dims = entry.adapter.dim_names.get(name, ())
-    if dims == ("kernel",):
-        return P(*stack, *inner)
+    if dims[-1:] == ("kernel",):
+        return P(*stack, *(None,) * (len(dims) - 1), *inner)
     rank = len(shape) - n
     if kernel.batched and rank == len(dims) + 1:
         dims = ("batch", *dims)
