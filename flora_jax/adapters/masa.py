@@ -91,6 +91,8 @@ class MASA(Adapter):
             )
         if self.rank and (spec.batched or not 0 <= self.rank <= min(spec.canonical_shape(shape))):
             raise PlanError(f"rank={self.rank} does not fit a {spec.canonical_shape(shape)} weight")
+        if self.statistics and spec.kind == "embedding":
+            raise PlanError("a correction for one-hot inputs is not supported; take rank=0")
 
     def groups(self, layers: int) -> tuple[tuple[int, int, int], ...]:
         """``(first layer, end, atoms)`` of each group.

@@ -60,10 +60,24 @@ ADAPTERS: dict[str, tuple[Any, int]] = {
     "Bone-col": (flora.Bone(rank=4, group="col"), 4 * 12),
     "OFT": (flora.OFT(block_size=4), 3 * 6),
     "OFT-shared": (flora.OFT(blocks=2, block_share=True, neumann_terms=0), 15),
+    "VLoRA": (
+        flora.VLoRA(rank=2, alpha=4, tokens=3, features=4, width=8, depth=1, heads=2),
+        2 * 8 + (4 * 8 + 8 + 3 * 8) + 8 + (2 * (4 * 64 + 32) + 8 * 64 + 40 + 48) + 16 + 9 * 12 * 2,
+    ),
+    "MASA": (flora.MASA(atoms=2, start="pca"), 2 * 96 + 2 * 2),
+    "MASA-mlp": (
+        flora.MASA(atoms=2, start="pca", coefficients="mlp", embedding=3, hidden=4, rank=1),
+        2 * 96 + 2 * 3 + (12 + 4) + (16 + 4) + (8 + 2) + 2 * 20,
+    ),
 }
 # Trained tokens and attention entries act through whole models only: tests/adapters/test_prompts.py
 # has their contracts (counts, JSON, gradients, scan, remat, rows, named sums, bf16, low bits).
 IN_MODELS = {flora.PromptTuning, flora.PrefixTuning}
+# Methods of a scanned stack: their layer is two of a kind in a stack; an unrolled model is refused.
+NEEDS_STACK = {"MASA", "MASA-mlp"}
+# Arrays without a gradient by construction: softmax does not see a key's bias, and the one query
+# of an unstacked weight attends to itself alone.
+NO_GRADIENT = {"VLoRA": r"(kernel|embedding):(cross\.key\.bias|self\.(key|query)\..*)"}
 # Methods that start near the identity, not at it: the largest change of the output at init, as a
 # share of its norm. What their papers and codes do; see docs/methods.md.
 NOT_IDENTITY = {"Bottleneck": 1e-3, "Compacter": 1e-3, "Compacter-phm": 1e-3}
@@ -158,6 +172,12 @@ REFUSED = {
     ("IA3-input", "embedding"),
     ("IA3-input", "tied-head"),
     ("IA3-input", "conv-groups"),
+    ("VLoRA", "experts"),
+    ("VLoRA", "conv-groups"),
+    ("MASA-mlp", "experts"),
+    ("MASA-mlp", "conv-groups"),
+    ("MASA-mlp", "embedding"),
+    ("MASA-mlp", "tied-head"),
     ("Bottleneck", "embedding"),
     ("Bottleneck", "tied-head"),
     ("Compacter", "embedding"),
@@ -174,6 +194,44 @@ REFUSED = {
     ("Bone-col", "tied-head"),
 }
 PAIRS = [(a, l) for a in ADAPTERS for l in LAYERS if (a, l) not in REFUSED]
+
+
+def layer_of(name: str, kind: str) -> Layer:
+    """The layer a case is tried on; two of a kind, added up, where a method needs a stack."""
+    layer = LAYERS[kind]
+    if name not in NEEDS_STACK:
+        return layer
+
+    def call(x, w):
+        def add(y, item):
+            factor, one = item
+            new = layer.call(x, one)
+            return y + factor.astype(new.dtype) * new, None
+
+        like = jax.eval_shape(layer.call, x, jax.ShapeDtypeStruct(layer.shape, w.dtype))
+        return jax.lax.scan(add, jnp.zeros(like.shape, like.dtype), (jnp.array([1.0, -0.5]), w))[0]
+
+    spec = dataclasses.replace(layer.spec, stack_ndim=1)
+    return dataclasses.replace(layer, shape=(2, *layer.shape), spec=spec, call=call, bias=None)
+
+
+def features(x: jax.Array) -> jax.Array:
+    """What per-example methods make weights of, for every row of an input."""
+    return jax.random.normal(jax.random.key(13), (len(x), 3, 4))
+
+
+def bind(params: Any, adapters: Any, plan: Any, x: jax.Array, **options: Any) -> Any:
+    """``flora.bind`` for an input, with the features of its rows."""
+    return flora.bind(params, adapters, plan, example=features(x), **options)
+
+
+def merged_rows(params: Any, adapters: Any, plan: Any, x: jax.Array, **options: Any) -> Any:
+    """``(rows of x, merged parameters)``: all rows at once, or one by one where weights differ."""
+    plans = plan.values() if isinstance(plan, dict) else [plan]
+    differ = any(pool.adapter.per_example for one in plans for pool in one.pools)
+    for rows in [slice(n, n + 1) for n in range(len(x))] if differ else [slice(None)]:
+        bound = flora.bind(params, adapters, plan, example=features(x)[rows], **options)
+        yield rows, flora.materialize(bound)
 
 
 def base_params(layer: Layer, dtype=jnp.float32) -> dict[str, Any]:
@@ -253,7 +311,8 @@ def expected(
 ) -> jax.Array:
     """The adapted layer by other means: the merged weight, or the method's formula written out."""
     if merges(name):
-        return run(layer, flora.materialize(flora.bind(params, adapters, plan)), x)
+        parts = merged_rows(params, adapters, plan, x)
+        return jnp.concatenate([run(layer, merged, x[rows]) for rows, merged in parts])
     arrays = adapters[layer.name]
     pool = next((adapters[pool.path] for pool in plan.pools), None)
     y = run(layer, params, x)
