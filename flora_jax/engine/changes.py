@@ -90,6 +90,7 @@ def changes(
     adapters: Any,
     plan: Plan | Mapping[str, Plan],
     weights: Any = None,
+    example: Any = None,
 ) -> Iterator[Change]:
     """One :class:`Change` for each adapted weight, in the order of ``params``.
 
@@ -98,7 +99,8 @@ def changes(
     Raises:
       PlanError: a method that is not one weight for all inputs.
     """
-    bound = paths.flatten(bind(params, adapters, plan, weights=weights), is_leaf=is_leaf)
+    bound = bind(params, adapters, plan, weights=weights, example=example)
+    bound = paths.flatten(bound, is_leaf=is_leaf)
     before = paths.flatten(params, is_leaf=is_leaf)
     entries = planned(plan)
     for path, leaf in before.items():

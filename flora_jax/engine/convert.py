@@ -21,6 +21,7 @@ def to_lora(
     energy: float | None = None,
     error: float | None = None,
     randomized: bool | None = None,
+    example: Any = None,
 ) -> Converted:
     """The LoRA that adapters amount to on this base: ``a b = sum_i weight_i (W_i - W0)``.
 
@@ -36,6 +37,7 @@ def to_lora(
       energy: as few components as keep this share of ``|dW|^2``.
       error: as few as leave this relative Frobenius error.
       randomized: decompose dense changes by a random sketch (fixed key); None: where it pays.
+      example: features of one row, for methods that generate weights from them: its LoRA.
 
     Returns:
       ``(plan, adapters, report)``: LoRA of scale 1, rank and relative error of each weight.
@@ -54,7 +56,7 @@ def to_lora(
     """
     target = Target(rank=rank, energy=energy, error=error, randomized=randomized)
     built = Builder()
-    for change in changes(params, adapters, plan, weights):
+    for change in changes(params, adapters, plan, weights, example):
         if change.is_kernel:
             built.lora(change, compress(change, target), change.bias)
         else:

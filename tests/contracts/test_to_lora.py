@@ -25,12 +25,16 @@ EXACT = {
     "VeRA-stored": 5,
     "KORE": 3,
     "KORE-both": 6,
+    "VLoRA": 2,
 }
 KINDS = ("dense", "einsum-in", "experts", "conv", "conv-groups", "embedding")
 
 
+ROW = harness.features(range(1))  # per-example methods are converted for one row
+
+
 def moved(name, kind):
-    layer = LAYERS[kind]
+    layer = harness.layer_of(name, kind)
     params = harness.base_params(layer)
     plan = make_plan(layer, ADAPTERS[name][0], params)
     return params, plan, perturbed(plan, harness.fresh(plan, params))
@@ -43,8 +47,8 @@ def test_full_rank_is_lossless(name, kind):
         with pytest.raises(PlanError, match=LAYERS[kind].name):
             flora.to_lora(params, adapters, plan, rank=8)
         return
-    converted, arrays, report = flora.to_lora(params, adapters, plan, rank=8)
-    expected = flora.materialize(flora.bind(params, adapters, plan))
+    converted, arrays, report = flora.to_lora(params, adapters, plan, rank=8, example=ROW)
+    expected = flora.materialize(flora.bind(params, adapters, plan, example=ROW))
     found = flora.materialize(flora.bind(params, arrays, converted))
     for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
         np.testing.assert_allclose(leaf, wanted, atol=3e-5 * max(1.0, np.abs(wanted).max()))
@@ -55,10 +59,10 @@ def test_full_rank_is_lossless(name, kind):
 @pytest.mark.parametrize("name", EXACT)
 def test_exact_without_a_limit(name):
     params, plan, adapters = moved(name, "dense")
-    converted, arrays, report = flora.to_lora(params, adapters, plan)
+    converted, arrays, report = flora.to_lora(params, adapters, plan, example=ROW)
     assert [(row.rank, row.exact) for row in report] == [(EXACT[name], True)]
     assert converted.count == EXACT[name] * 20 + (8 if "bias" in arrays["kernel"] else 0)
-    expected = flora.materialize(flora.bind(params, adapters, plan))
+    expected = flora.materialize(flora.bind(params, adapters, plan, example=ROW))
     found = flora.materialize(flora.bind(params, arrays, converted))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
 
