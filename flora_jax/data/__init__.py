@@ -15,7 +15,8 @@ Batch schema (B rows of this shard, T tokens):
 
     language models      tokens, targets, positions, segment_ids   int32   [B, T]
     (TextData,           loss_mask                                 float32 [B, T]
-    SequenceTask)
+    SequenceTask,
+    ImageNames)          example (ImageNames alone)                float32 [B, P, d]
     labelled text        tokens, mask, token_types                 int32   [B, T]
     (ClassificationData) label                                     int32   [B]
                          weight                                    float32 [B]
@@ -38,6 +39,7 @@ from flora_jax.data.conv_teacher import ConvTeacherStudent
 from flora_jax.data.corpora import CORPORA, Corpus, load_corpus
 from flora_jax.data.documents import Document, Fields
 from flora_jax.data.encoding import Tokenizer
+from flora_jax.data.image_names import ImageNames
 from flora_jax.data.images import IMAGE_SETS, ImageData
 from flora_jax.data.packing import PACKINGS, TOO_LONG, Tokenised, assemble, plan_rows
 from flora_jax.data.sequences import SequenceTask
@@ -57,6 +59,7 @@ __all__ = [
     "Document",
     "Fields",
     "ImageData",
+    "ImageNames",
     "SequenceTask",
     "Sine",
     "TeacherStudent",

@@ -29,6 +29,7 @@ DATA = (
     data.TextData,
     data.ClassificationData,
     data.ImageData,
+    data.ImageNames,
     data.SequenceTask,
     data.TeacherStudent,
     data.ConvTeacherStudent,

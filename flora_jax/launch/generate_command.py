@@ -60,4 +60,4 @@ def _load(options: argparse.Namespace) -> tuple:
     subject = setup.subject
     if not subject.generates:
         raise ConfigError(f"{options.run}: {subject.name} is a classifier; try flora eval")
-    return subject.model, setup.bound(state), subject.tokenizer
+    return subject.model, setup.speaking(state), subject.tokenizer

@@ -66,8 +66,24 @@ class Setup:
         )
 
     def bound(self, state: training.TrainState) -> Any:
-        """The parameters with the adapters of a state."""
+        """The parameters with the adapters of a state.
+
+        Raises:
+          PlanError: a method that generates weights from each row's features: there is no one model.
+        """
         return flora.bind(self.base, state.adapters, self.plan)
+
+    @property
+    def per_example(self) -> bool:
+        """Whether weights are generated from each row's features."""
+        return any(pool.adapter.per_example for pool in self.plan.pools)
+
+    def speaking(self, state: training.TrainState) -> Any:
+        """What continues a prompt: with generated weights, those for the first held-out row."""
+        if not self.per_example:
+            return self.bound(state)
+        example = next(iter(self.held_out()))["example"][:1]
+        return flora.bind(self.base, state.adapters, self.plan, example=example)
 
     def judge(self, state: training.TrainState) -> dict[str, float]:
         """The figures on held-out data."""
@@ -85,7 +101,7 @@ class Setup:
             return None
         subject, prompt = self.subject, self.options["prompt"]
         texts = generate_text(
-            subject.model, self.bound(state), subject.tokenizer, prompt, max_new_tokens=count
+            subject.model, self.speaking(state), subject.tokenizer, prompt, max_new_tokens=count
         )
         return prompt + texts[0]
 

@@ -123,7 +123,7 @@ def train(
 def _retained(setup: setups.Setup, state: training.TrainState) -> dict[str, float]:
     """What is left of the task that the base was made for; empty if there is none."""
     retention = setup.subject.retention
-    if retention is None:
+    if retention is None or setup.per_example:
         return {}
     before, after = retention(setup.base), retention(setup.bound(state))
     print(f"retention: {after['retention']:.2f} % (before {before['retention']:.2f} %)")

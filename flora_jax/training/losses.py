@@ -188,6 +188,35 @@ class CausalLM:
         )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answers:
+    """Cross-entropy of whole answers: each row of a language-model batch counts once.
+
+    ``loss = -sum_t log p(target_t)`` over the row's masked positions. ``accuracy`` is the share of
+    rows whose every target is the likeliest token: what greedy decoding writes word for word.
+
+    Args:
+      model: a decoder, as for :class:`CausalLM`.
+    """
+
+    model: Any
+
+    def __call__(self, bound, batch, rng, train) -> Sums:
+        logits, _ = self.model.apply(
+            {"params": bound},
+            batch["tokens"],
+            positions=batch.get("positions"),
+            segment_ids=batch.get("segment_ids"),
+        )
+        asked = batch["loss_mask"] > 0
+        _, nll = token_losses(logits, batch["targets"])
+        rows = jnp.any(asked, axis=1)
+        right = rows & jnp.all((is_top(logits, batch["targets"]) > 0) | ~asked, axis=1)
+        total = jnp.sum(jnp.where(asked, nll, 0.0))
+        count = lambda flags: jnp.sum(flags.astype(jnp.float32))
+        return total, count(rows), {"nll": total, "accuracy": count(right)}
+
+
 def _inputs(batch: Mapping[str, Any], keys: tuple[str, ...]) -> list[Any]:
     for key in keys:
         if key not in batch:
