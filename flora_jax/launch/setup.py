@@ -69,7 +69,7 @@ class Setup:
         """The parameters with the adapters of a state.
 
         Raises:
-          PlanError: a method that generates weights from each row's features: there is no one model.
+          PlanError: weights are generated from each row's features: there is no one model.
         """
         return flora.bind(self.base, state.adapters, self.plan)
 
