@@ -1,5 +1,9 @@
 """VLoRA: the generator, skipped layers, counts, decoding with weights made once, a mesh step."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,13 +36,17 @@ def moved(adapters, seed=9):
     }
 
 
-@pytest.fixture(scope="module")
-def llama():
+def small_llama():
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "head_dim": 8}
     model = Llama(LlamaConfig.tiny(num_key_value_heads=1, vocab_size=32, eos_token_id=0, **sizes))
     params = registry.init(model, jax.random.key(0))
     plan = flora.plan(params, {ATTENTION: flora.VLoRA(**SMALL)})
     return model, params, plan, flora.init(plan, jax.random.key(1), params)
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return small_llama()
 
 
 def generator_count(d, depth, queries, n_in, rank):
@@ -82,7 +90,7 @@ def test_generator_learns_only_after_b_has_moved(llama):
     first, later = grads(adapters), grads(moved(adapters))
     assert all(np.abs(first[e.path]["b"]).max() > 0 for e in plan)
     assert all((np.asarray(g) == 0).all() for g in first["pool/VLoRA"].values())
-    silent = {n for n, g in later["pool/VLoRA"].items() if not np.abs(g).max() > 1e-12}
+    silent = {n for n, g in later["pool/VLoRA"].items() if not np.abs(g).max() > 0}
     assert all(".key.bias" in name for name in silent)
 
 
@@ -192,29 +200,35 @@ def test_decoding_generates_the_weights_once(llama, monkeypatch):
         np.testing.assert_allclose(both[1], logits[0], atol=1e-5)
 
 
-def test_a_step_on_eight_devices_is_that_of_one(llama):
-    """The pool is replicated, batch and features sharded: the same loss and the same update."""
-    model, params, plan, _ = llama
-    adapters = moved(flora.init(plan, jax.random.key(1), params))
+def test_a_step_on_eight_devices_is_that_of_one():
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, __file__]
+    subprocess.run(command, env=os.environ | flags, check=True, timeout=300)
+
+
+def step_on_a_mesh():
+    """The pool is replicated, batch and features sharded: the same loss, the same moments."""
+    model, params, plan, adapters = small_llama()
     batch = {
         "tokens": jax.random.randint(jax.random.key(3), (8, 6), 1, 32),
         "targets": jax.random.randint(jax.random.key(4), (8, 6), 1, 32),
         "example": features(8),
     }
     optimizer = training.AdamW(learning_rate=1e-2)
-    state = training.create_state(plan, adapters, optimizer, 0)
+    state = training.create_state(plan, moved(adapters), optimizer, 0)
     step = training.make_step(losses.CausalLM(model=model), plan, optimizer, donate=False)
     alone, metrics = step(state, params, batch)
 
     mesh = training.make_mesh({"data": 8})
     specs = training.base_specs(params, mesh)
-    shardings = training.state_shardings(state, plan, specs, mesh)
-    spread = jax.device_put(state, shardings)
+    spread = jax.device_put(state, training.state_shardings(state, plan, specs, mesh))
     sharded = jax.device_put(batch, training.batch_sharding(mesh))
     base = jax.device_put(params, training.base_shardings(params, mesh))
     many, found = step(spread, base, sharded)
     np.testing.assert_allclose(found["loss"], metrics["loss"], rtol=1e-5)
-    moments = lambda s: s.opt_state
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), moments(many), moments(alone)
-    )
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)
+    jax.tree.map(close, many.opt_state, alone.opt_state)
+
+
+if __name__ == "__main__":
+    step_on_a_mesh()
