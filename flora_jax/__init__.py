@@ -4,6 +4,7 @@ import importlib as _importlib
 from typing import Any as _Any
 
 from flora_jax import adapters as adapters
+from flora_jax.adapters import EVA as EVA
 from flora_jax.adapters import IA3 as IA3
 from flora_jax.adapters import KORE as KORE
 from flora_jax.adapters import MASA as MASA
@@ -29,6 +30,7 @@ from flora_jax.adapters import SVFit as SVFit
 from flora_jax.adapters import VeRA as VeRA
 from flora_jax.adapters import VLoRA as VLoRA
 from flora_jax.adapters import spectral_ranks as spectral_ranks
+from flora_jax.adapters.eva import eva as eva
 from flora_jax.core.bind import bind as bind
 from flora_jax.core.bind import materialize as materialize
 from flora_jax.core.bind import rebase as rebase

@@ -3,6 +3,7 @@
 from flora_jax.adapters.bottleneck import Bottleneck as Bottleneck
 from flora_jax.adapters.compacter import Compacter as Compacter
 from flora_jax.adapters.dora import DoRA as DoRA
+from flora_jax.adapters.eva import EVA as EVA
 from flora_jax.adapters.flora import FLoRA as FLoRA
 from flora_jax.adapters.hydra import Hydra as Hydra
 from flora_jax.adapters.ia3 import IA3 as IA3

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -77,7 +77,7 @@ class Adapter:
         """``(trained, frozen)`` arrays for one unstacked kernel."""
         raise NotImplementedError
 
-    def finish(self, arrays: Params, stack: tuple[int, ...]) -> Params:
+    def finish(self, arrays: Params) -> Params:
         """The arrays of all layers of a stack, for what ``init`` of one layer cannot know."""
         return arrays
 
@@ -91,6 +91,10 @@ class Adapter:
           base: shape and dtype of the stacked leaf.
         """
         return params
+
+    def count(self, arrays: Mapping[str, tuple[int, ...]]) -> int:
+        """Trained numbers in trained arrays of these shapes, without any that can never move."""
+        return sum(math.prod(shape) for shape in arrays.values())
 
     def operator(self, params: Params, spec: KernelSpec, ctx: Context) -> LinearMap:
         """The adapted weight as an expression of ``ctx.base`` and the parameters."""

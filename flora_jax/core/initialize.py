@@ -126,7 +126,7 @@ def _init_entry(entry: Entry, keys: jax.Array, leaf: Weight, stats: Params) -> P
         base = jax.ShapeDtypeStruct(shape, jnp.dtype(entry.dtype))
         f = over(lambda k, *s: adapter.init(k, spec, base, *s), n)
         train, frozen = f(keys, *further)
-    return _strong(adapter.finish({**train, **frozen}, entry.stack))
+    return _strong(adapter.finish({**train, **frozen}))
 
 
 def _strong(arrays: Params) -> Params:

@@ -50,7 +50,7 @@ class Entry:
     @property
     def count(self) -> int:
         """Trained numbers of this weight."""
-        return sum(math.prod(shape) for _, shape, _ in self.train)
+        return self.adapter.count({name: shape for name, shape, _ in self.train})
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -26,7 +26,7 @@ def run(options: argparse.Namespace) -> int:
     setup, state = reopen(options.run, options.step)
     found = {f"step {int(state.step)}": setup.judge(state)}
     if options.base:
-        found["base"] = setup.judge(setup.state)
+        found["base"] = setup.judge_base()
     if options.json:
         print(json.dumps(found, indent=1))
         return 0

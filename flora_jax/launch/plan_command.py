@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    built = setup.build(complete(arguments.load(options).arguments("train")))
+    built = setup.build(complete(arguments.load(options).arguments("train")), abstract=True)
     print(built.table())
     if not options.dry_run:
         print(cost_lines(step_cost(built)))

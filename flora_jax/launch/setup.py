@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 import flora_jax as flora
@@ -18,10 +19,11 @@ from flora_jax.core.errors import ConfigError, FloraError
 from flora_jax.core.leaf import is_leaf
 from flora_jax.core.paths import flatten
 from flora_jax.evaluation import generate_text
+from flora_jax.launch.calibration import Calibrator
 from flora_jax.launch.subjects import Subject
 from flora_jax.training import distributed, sharding
 from flora_jax.training.checkpoint import Checkpointer, Identity, fingerprint
-from flora_jax.training.place import place
+from flora_jax.training.place import Layout, place
 from flora_jax.training.run_dir import RunDir, RunError
 
 
@@ -32,7 +34,7 @@ class Setup:
     Args:
       subject: the model; its ``params`` are the base as trained on (quantised, sharded).
       plan: of the adapters.
-      state: step 0.
+      state: step 0; its shapes and shardings in a setup that is only to be restored.
       options: the arguments of ``train``.
       mesh: where it runs, or None for one device.
       rules: sharding rules of the base.
@@ -87,11 +89,19 @@ class Setup:
 
     def judge(self, state: training.TrainState) -> dict[str, float]:
         """The figures on held-out data."""
+        return self._judged(state, self.plan)
+
+    def judge_base(self) -> dict[str, float]:
+        """The figures of the model without adapters."""
+        nothing = dataclasses.replace(self.state, train={}, frozen={})
+        return self._judged(nothing, flora.Plan(()))
+
+    def _judged(self, state: training.TrainState, plan: flora.Plan) -> dict[str, float]:
         batches = self.held_out()
         if self.mesh is not None:
             sharded = training.batch_sharding(self.mesh)
             batches = (distributed.global_batch(batch, sharded) for batch in batches)
-        evaluate = training.make_evaluator(self.subject.loss, self.plan)
+        evaluate = training.make_evaluator(self.subject.loss, plan)
         return self.subject.figures(evaluate(state, self.base, batches))
 
     def sample(self, state: training.TrainState) -> str | None:
@@ -133,12 +143,18 @@ class Setup:
         )
 
 
-def build(options: Mapping[str, Any], folder: Path | None = None) -> Setup:
+def build(
+    options: Mapping[str, Any], folder: Path | None = None, *, abstract: bool = False
+) -> Setup:
     """Loads the model, makes plan and adapters, places them on the mesh.
+
+    A run that has checkpoints keeps the plan it was started with (``plan.json``).
 
     Args:
       options: the arguments of ``train``, every one.
       folder: the run folder, for what the base needs to keep there.
+      abstract: the state has shapes and shardings only, and nothing is calibrated: enough to
+        restore a checkpoint or to compile a step.
 
     Raises:
       RuleError: a rule matches nothing.
@@ -150,13 +166,24 @@ def build(options: Mapping[str, Any], folder: Path | None = None) -> Setup:
         base = training.cast_base(base, options["base_dtype"])
     if options["quantize"]:
         base = quant.quantize(base, options["quantize"])
-    plan = flora.plan(base, _with_ids(options["rules"], subject.tokenizer))
+    saved = _saved_plan(folder)
+    plan = saved or flora.plan(base, _with_ids(options["rules"], subject.tokenizer))
     if not len(plan):
         raise ConfigError("train.rules gives no weight an adapter: nothing would be trained")
-    adapters = flora.init(plan, jax.random.key(options["seed"]), base)
-    state = training.create_state(plan, adapters, options["optimizer"], options["seed"])
-    setup = Setup(dataclasses.replace(subject, params=base), plan, state, options)
-    return _placed(setup, options["mesh"], options["sharding"]) if options["mesh"] else setup
+    setup = _on_mesh(Setup(dataclasses.replace(subject, params=base), plan, None, options))
+    if abstract:
+        empty = lambda s: jnp.zeros(s.shape, s.dtype)
+        fresh = lambda: _state(plan, jax.tree.map(empty, plan.shapes()), options)
+        layout = Layout.of(plan, setup.base, fresh, setup.mesh, setup.rules)
+        return dataclasses.replace(setup, state=layout.abstract)
+    calibrator = Calibrator(setup.subject, options, setup.mesh)
+    plan, stats = calibrator.start(plan, move=saved is None)
+    adapters = flora.init(plan, jax.random.key(options["seed"]), base, stats=stats)
+    state = _state(plan, adapters, options)
+    if setup.mesh is not None:
+        specs = training.base_specs(setup.base, setup.mesh, setup.rules)
+        state = place(state, training.state_shardings(state, plan, specs, setup.mesh))
+    return dataclasses.replace(setup, plan=plan, state=state)
 
 
 def _with_ids(rules: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
@@ -172,17 +199,33 @@ def _with_ids(rules: Mapping[str, Any], tokenizer: Any) -> dict[str, Any]:
     return {pattern: one(adapter) for pattern, adapter in rules.items()}
 
 
-def _placed(setup: Setup, axes: Mapping[str, int], given: Any) -> Setup:
-    """The setup on a mesh; a spec in gin is a tuple of mesh axes."""
+def _saved_plan(folder: Path | None) -> flora.Plan | None:
+    """The plan of a run that has checkpoints: methods whose ranks follow the data moved them."""
+    if folder is None or not any((folder / "checkpoints").glob("*")):
+        return None
+    path = folder / "plan.json"
+    try:
+        return flora.Plan.from_json(path.read_text()) if path.is_file() else None
+    except FloraError as error:
+        raise RunError(f"{path}: {error}") from None
+
+
+def _state(plan: flora.Plan, adapters: Any, options: Mapping[str, Any]) -> training.TrainState:
+    return training.create_state(plan, adapters, options["optimizer"], options["seed"])
+
+
+def _on_mesh(setup: Setup) -> Setup:
+    """The base on the mesh of ``train.mesh``, if any; a spec in gin is a tuple of mesh axes."""
+    axes, given = setup.options["mesh"], setup.options["sharding"]
+    if not axes:
+        return setup
     rules = sharding.LLAMA_RULES
     if given is not None:
         rules = tuple((pattern, PartitionSpec(*spec)) for pattern, spec in given.items())
     mesh = training.make_mesh(axes)
-    specs = training.base_specs(setup.base, mesh, rules)
     base = place(setup.base, training.base_shardings(setup.base, mesh, rules))
-    state = place(setup.state, training.state_shardings(setup.state, setup.plan, specs, mesh))
     subject = dataclasses.replace(setup.subject, params=base)
-    return dataclasses.replace(setup, subject=subject, state=state, mesh=mesh, rules=rules)
+    return dataclasses.replace(setup, subject=subject, mesh=mesh, rules=rules)
 
 
 def reopen(folder: str | Path, step: int | None = None) -> tuple[Setup, training.TrainState]:
@@ -209,7 +252,7 @@ def reopen(folder: str | Path, step: int | None = None) -> tuple[Setup, training
         options = config.load([folder / "config.gin"]).arguments("train")
     except FloraError as error:
         raise RunError(f"{folder} does not load any more: {error}") from None
-    setup = build(complete(options), folder)
+    setup = build(complete(options), folder, abstract=True)
     with Checkpointer(folder / "checkpoints", setup.identity()) as checkpoints:
         state = checkpoints.restore(setup.state, step=step)
     return setup, state

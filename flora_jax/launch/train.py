@@ -51,6 +51,8 @@ def train(
     eval_batches: int | None = None,
     eval_batch_size: int | None = None,
     checkpoint_every: int | None = None,
+    calibration_data: Any = None,
+    calibration_batches: int = 8,
     prompt: str = "The",
     sample_tokens: int = 24,
     measure: bool = False,
@@ -80,6 +82,10 @@ def train(
       eval_batches: only so many held-out batches.
       eval_batch_size: of held-out batches; ``batch_size`` by default.
       checkpoint_every: save each so many steps too; the last step is always saved.
+      calibration_data: what methods that protect old knowledge (KORE) read; by default the task
+        that a small base was made for, else ``data``. EVA always reads ``data``.
+      calibration_batches: training batches that a data-dependent start reads, at most; other
+        methods read none.
       prompt, sample_tokens: a language model continues the prompt before and after.
       loss_at: report the training loss of these steps too, as ``loss_at_<step>``; each has to be
         one that ``log_every`` logs.

@@ -25,7 +25,8 @@ def run(options: argparse.Namespace) -> int:
     if options.dry_run:
         kwargs = config.arguments("train")
         print(config.operative())
-        print(setup.build(complete(kwargs), options.out and Path(options.out)).table())
+        folder = options.out and Path(options.out)
+        print(setup.build(complete(kwargs), folder, abstract=True).table())
         return 0
     execute(config, "train", options.out)
     return 0

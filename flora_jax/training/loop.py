@@ -13,8 +13,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from flora_jax.core.calibrate import data_dependent
 from flora_jax.core.errors import ConfigError
 from flora_jax.core.plan import Plan
+from flora_jax.core.registry import name_of
 from flora_jax.training import distributed, sharding
 from flora_jax.training.checkpoint import Checkpointer, Identity, fingerprint
 from flora_jax.training.losses import Loss
@@ -100,7 +102,8 @@ def fit(
       steps: optimizer steps in all.
       run_dir: the run's folder (:class:`RunDir`).
       optimizer: AdamW(1e-3) by default.
-      adapters: initial adapters; fresh ones from ``seed`` by default.
+      adapters: initial adapters; fresh ones from ``seed`` by default, which a plan whose methods
+        start from data cannot do without.
       accumulate, clip: see :func:`make_step`.
       log_every, save_every, eval_every: in steps; the last step is always logged, saved and (with
         evals) evaluated.
@@ -123,6 +126,8 @@ def fit(
         raise ConfigError(f"steps={steps} and log_every={log_every} must be positive")
     if (evals or early_stopping or best) and not (evals and eval_every):
         raise ConfigError("evals and eval_every go together; best and early_stopping need both")
+    if adapters is None:
+        _check_start(plan)
     optimizer = AdamW() if optimizer is None else optimizer
     run = _claim(run_dir, identity, resume)
     owner = Identity(
@@ -162,6 +167,16 @@ def fit(
             members=members,
         )
         return loop.run_to_end(fresh, progress and distributed.is_main())
+
+
+def _check_start(plan: Plan) -> None:
+    """Raise ConfigError where fresh adapters need statistics of the data."""
+    needy = data_dependent(plan)
+    if needy:
+        raise ConfigError(
+            f"{needy[0].path}: {name_of(needy[0].adapter)} starts from its inputs; pass fit "
+            "adapters=flora.init(plan, key, base, stats=flora.calibrate(...))"
+        )
 
 
 def _claim(path: str | Path, identity: str, resume: bool) -> RunDir:

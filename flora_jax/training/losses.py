@@ -22,7 +22,11 @@ Sums = tuple[jax.Array, jax.Array, dict[str, jax.Array]]
 
 
 class Loss(Protocol):
-    """What :func:`flora_jax.training.make_step` and the evaluators call."""
+    """What :func:`flora_jax.training.make_step` and the evaluators call.
+
+    A loss may also say which rows of activations count, for starts that depend on data:
+    ``positions(batch, trained=True or False) -> 0/1``, e.g. ``[B, T]``.
+    """
 
     def __call__(self, bound: Any, batch: Mapping[str, Any], rng: Any, train: bool) -> Sums: ...
 
@@ -165,6 +169,12 @@ class CausalLM:
     label_smoothing: float = 0.0
     z_loss: float = 0.0
 
+    def positions(self, batch: Mapping[str, Any], *, trained: bool) -> jax.Array:
+        """1 where a token counts ``[B, T]``: those trained on, or all but padding."""
+        real = batch["segment_ids"] > 0 if "segment_ids" in batch else batch["tokens"] >= 0
+        mask = batch.get("loss_mask") if trained else None
+        return (real if mask is None else mask > 0).astype(jnp.float32)
+
     def __call__(self, bound, batch, rng, train) -> Sums:
         variables = {"params": bound}
         batch = with_prompt(bound, batch)
@@ -246,6 +256,13 @@ class Classification:
     label: str = "label"
     label_smoothing: float = 0.0
 
+    def positions(self, batch: Mapping[str, Any], *, trained: bool) -> jax.Array:
+        """1 where a row ``[B]``, or a token ``[B, T]`` of a masked text, is not padding."""
+        weight = (_weights(batch, batch[self.label]) > 0).astype(jnp.float32)
+        if "mask" not in self.inputs:
+            return weight
+        return batch["mask"].astype(jnp.float32) * weight[:, None]
+
     def __call__(self, bound, batch, rng, train) -> Sums:
         batch = with_prompt(bound, batch)
         *inputs, labels = _inputs(batch, (*self.inputs, self.label))
@@ -272,6 +289,10 @@ class Regression:
     inputs: tuple[str, ...] = ("x",)
     target: str = "y"
     huber: float | None = None
+
+    def positions(self, batch: Mapping[str, Any], *, trained: bool) -> jax.Array:
+        """1 where a row ``[B]`` is not padding."""
+        return (_weights(batch, batch[self.target]) > 0).astype(jnp.float32)
 
     def __call__(self, bound, batch, rng, train) -> Sums:
         *inputs, target = _inputs(batch, (*self.inputs, self.target))
