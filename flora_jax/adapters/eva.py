@@ -1,4 +1,4 @@
-"""EVA: LoRA that starts along the directions its inputs vary in, with ranks where they vary most."""
+"""EVA: LoRA along the directions its inputs vary in, with ranks where they vary most."""
 
 from __future__ import annotations
 
