@@ -119,10 +119,12 @@ class Setup:
         """``{path: numbers}`` that one step moves: fewer than the plan's where the optimizer masks
         a weight (LIFT) or holds a group still."""
         moved = training.moves(self.options["optimizer"], self.state.train)
-        return {
-            path: sum(moved[f"{path}/{name}"] for name in arrays)
-            for path, arrays in self.state.train.items()
-        }
+        counts = {owner.path: owner.count for owner in self.plan.owners}
+        found = {}
+        for path, arrays in self.state.train.items():
+            still = sum(math.prod(a.shape) for a in arrays.values()) - counts[path]  # padding
+            found[path] = max(sum(moved[f"{path}/{name}"] for name in arrays) - still, 0)
+        return found
 
     def table(self) -> str:
         """The plan as a table, with the trained share."""
