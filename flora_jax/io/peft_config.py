@@ -94,9 +94,18 @@ class PeftConfig:
         value = self.values.get(key, default)
         if not is_number(value):
             raise FormatError(f"{self.where}: {key}={value!r} is not a number")
-        if key == "r" and int(value) != value:
-            raise FormatError(f"{self.where}: r={value!r} is not a whole number")
-        return int(value) if key == "r" else value
+        return value
+
+    def whole(self, key: str, default: int) -> int:
+        """A whole number.
+
+        Raises:
+          FormatError: it is something else.
+        """
+        value = self.number(key, default)
+        if int(value) != value:
+            raise FormatError(f"{self.where}: {key}={value!r} is not a whole number")
+        return int(value)
 
     def patterned(self, name: str, key: str, default: int, pattern: str) -> Any:
         """``r`` or ``lora_alpha`` of one module: the first pattern that matches, else the default.
@@ -106,7 +115,7 @@ class PeftConfig:
         for regex, value in (self[pattern] or {}).items():
             if _match(rf"(.*\.)?({regex})$", name, self.where):
                 return value
-        return self.number(key, default)
+        return self.whole(key, default) if key == "r" else self.number(key, default)
 
     def kept_whole(self, name: str) -> bool:
         """Whether ``modules_to_save`` names the module (PEFT compares ends, dots or not)."""
@@ -197,7 +206,7 @@ def read_config(folder: str | Path, types: Mapping[str, PeftType]) -> PeftConfig
     types[method].check(config)
     bias = values.get("bias", "none") or "none"
     allowed = ("none", "all", f"{method.lower()}_only")
-    if bias not in allowed:
+    if str(bias).lower() not in allowed:
         raise FormatError(f"{path}: bias={bias!r} is not one of {', '.join(allowed)}")
     return config
 

@@ -55,6 +55,15 @@ def common(rows: Sequence[Row], what: str, value: Any) -> Any:
     return next(iter(found))
 
 
+def acting(rows: Sequence[Row]) -> list[Row]:
+    """The rows without the layers of a stack whose arrays are zero, unless all of them are.
+
+    For methods that are the identity at zero: such a layer is written as one without adapter.
+    """
+    moved = [row for row in rows if row.layer is None or any(map(np.any, row.arrays.values()))]
+    return moved or list(rows)
+
+
 def write(row: Row, table: list[layouts.Layout], arrays: Arrays) -> None:
     """Fill a row's tensors from our arrays."""
     row.file = {layout.suffix: layout.write(arrays[layout.ours]) for layout in table}

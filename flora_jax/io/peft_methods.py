@@ -175,7 +175,7 @@ class VeRAReader(Reader):
 
     def __init__(self, config, source):
         super().__init__(config, source)
-        self.rank = config.number("r", 256)
+        self.rank = config.whole("r", 256)
         if config.values.get("save_projection", True):
             self.a = self._saved("base_model.vera_A", 0)
             self.b = self._saved("base_model.vera_B", 1)

@@ -6,6 +6,8 @@ from flora_jax.adapters import IA3, KORE, LoRA, VeRA
 from flora_jax.io.peft_config import PeftType, check_lora, keys
 from flora_jax.io.peft_export import export_ia3, export_lora, export_vera, tie_lora
 from flora_jax.io.peft_methods import IA3Reader, LoRAReader, VeRAReader
+from flora_jax.io.peft_miss import BONE, MISS
+from flora_jax.io.peft_oft import OFT_TYPE
 
 LORA = PeftType(
     name="LORA",
@@ -49,4 +51,6 @@ IA3_TYPE = PeftType(
     read=IA3Reader,
     write=export_ia3,
 )
-TYPES: dict[str, PeftType] = {form.name: form for form in (LORA, VERA, IA3_TYPE)}
+TYPES: dict[str, PeftType] = {
+    form.name: form for form in (LORA, VERA, IA3_TYPE, MISS, BONE, OFT_TYPE)
+}

@@ -133,6 +133,87 @@ def test_configurations_that_the_file_contradicts(tmp_path, changes, message):
         load(tmp_path)
 
 
+MISS = {".*/q/kernel": flora.MiSS(rank=3)}
+OFT = {".*/q/kernel": flora.OFT(block_size=2)}
+
+
+@pytest.mark.parametrize(
+    ("rules", "changes", "message"),
+    [
+        (MISS, {"init_weights": "mnii"}, "init_weights='mnii' is not one of True, False, bat"),
+        (MISS, {"r": 2.5}, "r=2.5 is not a whole number"),
+        (MISS, {"fan_in_fan_out": True}, "fan_in_fan_out=True is not supported"),
+        (MISS, {"bias": "lora_only"}, "bias='lora_only'"),
+        (OFT, {"peft_version": "0.17.1"}, "before PEFT 0.18"),
+        (OFT, {"peft_version": None}, "before PEFT 0.18"),
+        (OFT, {"r": 2}, "exactly one is above 0"),
+        (OFT, {"oft_block_size": 0}, "exactly one is above 0"),
+    ],
+)
+def test_shards_and_rotations_that_are_refused(tmp_path, rules, changes, message):
+    folder_of(tmp_path, rules)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(FormatError, match=message):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("rules", "changes", "message"),
+    [
+        (MISS, {"r": 4}, r"needs \(4, 6\)"),
+        (MISS, {"init_weights": "bat", "r": 2}, r"needs \(3, 2, 2\)"),
+        (MISS, {"init_weights": "mini", "mini_r": 2}, r"needs \(3, 2\)"),
+        (MISS, {"peft_type": "BONE"}, "q.bone_block"),
+        (OFT, {"block_share": True}, r"needs \(1, 1\)"),
+        (OFT, {"oft_block_size": 4}, r"needs \(1, 6\)"),
+    ],
+)
+def test_shards_and_rotations_that_the_file_contradicts(tmp_path, rules, changes, message):
+    folder_of(tmp_path, rules)
+    edit_config(tmp_path, **changes)
+    with pytest.raises(StructureError, match=message):
+        load(tmp_path)
+
+
+def test_an_old_oft_file(tmp_path):
+    folder_of(tmp_path, OFT)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text())
+    del config["oft_block_size"]
+    file.write_text(json.dumps(config))
+    with pytest.raises(FormatError, match="before PEFT 0.14"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("adapter", [flora.MiSS(rank=3), flora.Bone(rank=2)], ids=["true", "bat"])
+def test_the_old_name_of_miss(tmp_path, adapter):
+    """BONE: the same tensors under another name, read only."""
+    plan, adapters = folder_of(tmp_path, {".*/q/kernel": adapter})
+
+    def rename(tensors):
+        for name in list(tensors):
+            tensors[name.replace("miss_block", "bone_block")] = tensors.pop(name)
+
+    edit_tensors(tmp_path, rename)
+    file = tmp_path / "adapter_config.json"
+    config = json.loads(file.read_text()) | {"peft_type": "BONE"}
+    config.pop("miss_dropout", None)
+    file.write_text(json.dumps(config))
+    again, arrays = load(tmp_path)
+    assert again == plan
+    jax.tree.map(np.testing.assert_array_equal, arrays, adapters)
+
+
+def test_a_fresh_adapter_is_written_whole(tmp_path):
+    """Layers at zero are left out of a stack, but not all of them."""
+    plan = flora.plan(PARAMS, MISS)
+    adapters = flora.init(plan, jax.random.key(0), PARAMS)
+    io.save_peft(tmp_path, adapters, plan, PARAMS, NAMES)
+    again, arrays = load(tmp_path)
+    assert again == plan
+    jax.tree.map(np.testing.assert_array_equal, arrays, adapters)
+
+
 def test_pickles_and_missing_files(tmp_path):
     with pytest.raises(FormatError, match="no such file"):
         load(tmp_path)
@@ -166,6 +247,15 @@ def test_values_are_asked_for_only_where_needed(tmp_path):
         ({".*/q/kernel": flora.LoRA(dropout=0.1, rank=2), ".*/k/kernel": flora.LoRA(rank=2)},
          "one lora_dropout"),
         ({"norm/scale": flora.Replace()}, "nothing but replaced"),
+        ({".*/q/kernel": flora.MiSS(rank=2, share="out")}, "layers/q/kernel: MiSS.*share='in' has"),
+        ({".*/q/kernel": flora.Bone(rank=2, group="col")}, "group='row' has"),
+        ({".*/q/kernel": flora.MiSS(rank=2), ".*/k/kernel": flora.Bone(rank=2)},
+         "one init_weights"),
+        ({".*/q/kernel": flora.MiSS(rank=2), ".*/k/kernel": flora.MiSS(rank=3)}, "has one r;"),
+        ({".*/q/kernel": flora.OFT(block_size=2), ".*/k/kernel": flora.OFT(block_size=4)},
+         "no r or oft_block_size gives all these block sizes: 4 of 4 at layers/k/kernel, 2 of 4"),
+        ({".*/q/kernel": flora.OFT(block_size=2),
+          ".*/k/kernel": flora.OFT(block_size=2, neumann_terms=0)}, "one neumann_terms"),
     ],
 )  # fmt: skip
 def test_plans_without_a_peft_form(tmp_path, rules, message):

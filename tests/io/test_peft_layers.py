@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -99,6 +100,42 @@ def test_convolutions(tmp_path, case):
     one, two = (io_tensors(tmp_path / d) for d in "ab")
     assert one.keys() == two.keys()
     assert all(np.array_equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("modules", "options"),
+    [
+        (["conv1", "head"], {"oft_block_size": 9}),
+        (["conv1"], {"r": 3, "oft_block_size": 0, "use_cayley_neumann": False}),
+    ],
+)
+def test_rotated_patches(tmp_path, modules, options):
+    """Against PEFT's merged weight: on a 3x3 window its unmerged forward differs from that."""
+    config = peft.OFTConfig(target_modules=modules, **options)
+    theirs = noisy(peft.get_peft_model(Net(), config))
+    theirs.save_pretrained(tmp_path / "a")
+    unmerged = run(theirs)
+    theirs.merge_adapter()
+    params = ours_of(Net())
+    plan, adapters = io.load_peft(tmp_path / "a", params, NAMES)
+    out = ours(flora.bind(params, adapters, plan), IMAGES)
+    np.testing.assert_allclose(out, run(theirs), atol=1e-4)
+    assert np.abs(unmerged - run(theirs)).max() > 1e-3, "PEFT agrees with itself now"
+    io.save_peft(tmp_path / "b", adapters, plan, params, NAMES)
+    one, two = (io_tensors(tmp_path / d) for d in "ab")
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    again = peft.PeftModel.from_pretrained(Net(), tmp_path / "b").eval()
+    again.merge_adapter()
+    np.testing.assert_allclose(run(again), run(theirs), atol=1e-5)
+
+
+def test_a_window_that_is_not_square_is_refused(tmp_path):
+    params = ours_of(Net())
+    plan = flora.plan(params, {"conv2/kernel": flora.OFT(block_size=6)})
+    adapters = flora.init(plan, jax.random.key(0), params)
+    with pytest.raises(FloraError, match=r"conv2/kernel: PEFT's OFT takes square 2-D windows"):
+        io.save_peft(tmp_path, adapters, plan, params, NAMES)
 
 
 def io_tensors(folder):

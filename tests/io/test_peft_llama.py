@@ -96,6 +96,10 @@ def lora(**kw):
     return peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "target_modules": QV, **kw})
 
 
+def oft(**kw):
+    return peft.OFTConfig(**{"target_modules": ["q_proj", "v_proj", "down_proj"], **kw})
+
+
 EXACT = {
     "lora": lambda: lora(task_type="CAUSAL_LM", lora_dropout=0.1),
     "all-linear": lambda: lora(target_modules="all-linear"),
@@ -119,6 +123,15 @@ EXACT = {
     "ia3": lambda: peft.IA3Config(
         target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
     ),
+    "miss": lambda: peft.MissConfig(r=6, miss_dropout=0.1, target_modules=ALL, bias="miss_only"),
+    "miss-random": lambda: peft.MissConfig(r=8, init_weights=False, target_modules="all-linear"),
+    "miss-mini": lambda: peft.MissConfig(r=5, mini_r=4, init_weights="mini", target_modules=ALL),
+    "miss-bat": lambda: peft.MissConfig(r=8, init_weights="bat", target_modules=ALL),
+    "oft": lambda: oft(oft_block_size=8, module_dropout=0.1, bias="oft_only"),
+    "oft-exact": lambda: oft(r=4, oft_block_size=0, use_cayley_neumann=False),
+    "oft-shared": lambda: oft(oft_block_size=4, block_share=True, num_cayley_neumann_terms=3),
+    "oft-adjusted": lambda: oft(oft_block_size=11, num_cayley_neumann_terms=2),
+    "oft-embedding": lambda: oft(oft_block_size=8, target_modules=["embed_tokens", "q_proj"]),
 }
 # Layers of one scanned stack that differ: padded here, so other tensors go back out.
 RAGGED = {
@@ -131,6 +144,11 @@ RAGGED = {
     "pissa-layer": lambda: lora(init_lora_weights="pissa", target_modules=["1.mlp.up_proj"]),
     "ia3": lambda: peft.IA3Config(target_modules=r".*layers\.1.*k_proj", feedforward_modules=[]),
     "vera": lambda: peft.VeraConfig(r=5, target_modules=ALL, layers_to_transform=[0]),
+    "miss": lambda: peft.MissConfig(r=6, target_modules=QV, layers_to_transform=[1]),
+    "miss-bat": lambda: peft.MissConfig(
+        r=4, init_weights="bat", target_modules=QV, layers_to_transform=[0]
+    ),
+    "oft-coft": lambda: oft(oft_block_size=8, coft=True, eps=0.5, layers_to_transform=[0]),
     "saved-layer": lambda: lora(modules_to_save=["layers.1.mlp.up_proj"]),
 }
 
@@ -206,6 +224,10 @@ MADE_HERE = {
         r".*/(k|v)_proj/kernel": flora.IA3(),
         r".*/down_proj/kernel": flora.IA3(scale="input"),
     },
+    "miss": {r".*/(k|v)_proj/kernel": flora.MiSS(rank=7)},
+    "bone": {r".*/(q|up)_proj/kernel": flora.Bone(rank=8)},
+    "oft": {r".*/(q|down)_proj/kernel": flora.OFT(block_size=16, coft=True, eps=0.3)},
+    "oft-blocks": {r".*/(q|down)_proj/kernel": flora.OFT(blocks=4, neumann_terms=0)},
     "lora-and-norms": {
         r".*/q_proj/kernel": flora.LoRA(rank=2),
         r".*norm/scale": flora.Replace(),
