@@ -47,6 +47,7 @@ class PeftType:
       keys: configuration keys that are read, or do not matter, beside the common ones.
       kinds: kernel kinds that have a layer.
       conv1d: whether GPT-2's Conv1D, whose weight is ``[in, out]``, has a layer.
+      biases: whether the configuration can train biases beside the adapters.
       adapters: our classes that are written as this type; none when it is only read.
       read: ``read(config, source)`` gives an object whose ``read(site)`` is ``(adapter, arrays)``.
       write: ``write(rows, model)`` fills the rows' ``file`` and gives ``(further tensors, keys)``.
@@ -61,6 +62,7 @@ class PeftType:
     write: Callable[..., tuple[dict[str, Any], dict[str, Any]]] | None = None
     adapters: tuple[type, ...] = ()
     conv1d: bool = False
+    biases: bool = True
     check: Callable[[PeftConfig], None] = lambda config: None
     tie: Callable[..., dict[str, Any]] | None = None
 
@@ -205,7 +207,8 @@ def read_config(folder: str | Path, types: Mapping[str, PeftType]) -> PeftConfig
     _check_targets(config)
     types[method].check(config)
     bias = values.get("bias", "none") or "none"
-    allowed = ("none", "all", f"{method.lower()}_only")
+    further = ("all", f"{method.lower()}_only") if types[method].biases else ()
+    allowed = ("none", *further)
     if str(bias).lower() not in allowed:
         raise FormatError(f"{path}: bias={bias!r} is not one of {', '.join(allowed)}")
     return config

@@ -92,8 +92,8 @@ def export_lora(rows: list[Row], model: Model) -> tuple[Arrays, Keys]:
         ranks[row.name], alphas[row.name] = rank, _alpha(adapter, rank, rslora)
     if not ranks:
         raise PlanError("every adapter of the plan is zero: nothing to save")
-    r, rank_pattern = _patterns(ranks, model)
-    alpha, alpha_pattern = _patterns(alphas, model)
+    r, rank_pattern = patterns(ranks, model)
+    alpha, alpha_pattern = patterns(alphas, model)
     return {}, {
         "r": r,
         "lora_alpha": alpha,
@@ -182,7 +182,7 @@ def _acts(arrays: Arrays) -> bool:
     return bool(np.any(arrays.get("bias", 0)))
 
 
-def _patterns(values: dict[str, Any], model: Model) -> tuple[Any, dict[str, Any]]:
+def patterns(values: dict[str, Any], model: Model) -> tuple[Any, dict[str, Any]]:
     """The most common value, and ``{end of a module's name: value}`` of the others."""
     default = Counter(values.values()).most_common(1)[0][0]
     pattern = {}

@@ -21,6 +21,7 @@ class Layout(NamedTuple):
       shape: in the file.
       axes: transposition of the file's array; then it is reshaped to ``flat``.
       flat: our shape.
+      parts: what the file's array is reshaped to before that, where it holds merged axes.
     """
 
     ours: str
@@ -28,15 +29,18 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
     axes: tuple[int, ...]
     flat: tuple[int, ...]
+    parts: tuple[int, ...] = ()
 
     def read(self, array: np.ndarray) -> np.ndarray:
         """The file's array in our layout."""
-        return np.asarray(array).transpose(self.axes).reshape(self.flat)
+        array = np.asarray(array).reshape(self.parts or self.shape)
+        return array.transpose(self.axes).reshape(self.flat)
 
     def write(self, array: np.ndarray) -> np.ndarray:
         """Our array in the file's layout."""
-        moved = np.asarray(array).reshape([self.shape[axis] for axis in self.axes])
-        return np.ascontiguousarray(moved.transpose(np.argsort(self.axes)))
+        parts = self.parts or self.shape
+        moved = np.asarray(array).reshape([parts[axis] for axis in self.axes])
+        return np.ascontiguousarray(moved.transpose(np.argsort(self.axes)).reshape(self.shape))
 
 
 def check_spec(path: str, spec: KernelSpec, form: PeftType) -> None:

@@ -82,6 +82,8 @@ def save_peft(
     kept, biases = _replaced(model, whole, targets, tensors)
     config["modules_to_save"] = kept or None
     if biases != "none":
+        if not form.biases:
+            raise PlanError(f"PEFT's {form.name} trains no biases; replace whole modules")
         config["bias"] = f"{form.name.lower()}_only" if biases == "only" else biases
     config |= _tie(model, form, targets, kept, tensors)
     common = about | {"peft_type": form.name}

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from flora_jax.adapters import IA3, KORE, LoRA, VeRA
+from flora_jax.adapters import IA3, KORE, LoHa, LoKr, LoRA, VeRA
 from flora_jax.io.peft_config import PeftType, check_lora, keys
 from flora_jax.io.peft_export import export_ia3, export_lora, export_vera, tie_lora
+from flora_jax.io.peft_lycoris import LycorisReader, check_lycoris, export_loha, export_lokr
 from flora_jax.io.peft_methods import IA3Reader, LoRAReader, VeRAReader
 from flora_jax.io.peft_miss import BONE, MISS
 from flora_jax.io.peft_oft import OFT_TYPE
@@ -51,6 +52,31 @@ IA3_TYPE = PeftType(
     read=IA3Reader,
     write=export_ia3,
 )
+# The dropouts and init_weights matter while PEFT trains.
+LYCORIS = keys(
+    """
+    r alpha rank_dropout module_dropout use_effective_conv2d rank_pattern alpha_pattern init_weights
+    """
+)
+LOHA = PeftType(
+    name="LOHA",
+    keys=LYCORIS,
+    kinds=("dense", "conv"),
+    biases=False,
+    adapters=(LoHa,),
+    read=LycorisReader,
+    write=export_loha,
+)
+LOKR = PeftType(
+    name="LOKR",
+    keys=LYCORIS | keys("decompose_both decompose_factor rank_dropout_scale"),
+    kinds=("dense", "conv"),
+    biases=False,
+    adapters=(LoKr,),
+    read=LycorisReader,
+    write=export_lokr,
+    check=check_lycoris,
+)
 TYPES: dict[str, PeftType] = {
-    form.name: form for form in (LORA, VERA, IA3_TYPE, MISS, BONE, OFT_TYPE)
+    form.name: form for form in (LORA, VERA, IA3_TYPE, MISS, BONE, OFT_TYPE, LOHA, LOKR)
 }

@@ -85,7 +85,7 @@ def test_tensors_that_do_not_fit(tmp_path, change, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "LOHA"}, "unknown peft_type 'LOHA'"),
+        ({"peft_type": "BOFT"}, "unknown peft_type 'BOFT'"),
         ({"peft_type": None}, "unknown peft_type"),
         ({"use_qalora": True}, "use_qalora=True is not supported"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),

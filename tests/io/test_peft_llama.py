@@ -132,6 +132,15 @@ EXACT = {
     "oft-shared": lambda: oft(oft_block_size=4, block_share=True, num_cayley_neumann_terms=3),
     "oft-adjusted": lambda: oft(oft_block_size=11, num_cayley_neumann_terms=2),
     "oft-embedding": lambda: oft(oft_block_size=8, target_modules=["embed_tokens", "q_proj"]),
+    "loha": lambda: peft.LoHaConfig(
+        r=2, alpha=3, target_modules=ALL, rank_pattern={"mlp.up_proj": 3}, rank_dropout=0.1
+    ),
+    "lokr": lambda: peft.LoKrConfig(
+        r=2, alpha=3, target_modules=ALL, alpha_pattern={"q_proj": 5}, module_dropout=0.1
+    ),
+    "lokr-both": lambda: peft.LoKrConfig(
+        r=1, target_modules=QV, decompose_both=True, decompose_factor=4, modules_to_save=["norm"]
+    ),
 }
 # Layers of one scanned stack that differ: padded here, so other tensors go back out.
 RAGGED = {
@@ -149,6 +158,12 @@ RAGGED = {
         r=4, init_weights="bat", target_modules=QV, layers_to_transform=[0]
     ),
     "oft-coft": lambda: oft(oft_block_size=8, coft=True, eps=0.5, layers_to_transform=[0]),
+    "loha": lambda: peft.LoHaConfig(
+        r=2, alpha=3, target_modules=QV, rank_pattern={"0.self_attn.q_proj": 3}
+    ),
+    "lokr": lambda: peft.LoKrConfig(
+        r=1, target_modules=ALL, rank_pattern={"1.self_attn.q_proj": 2}, layers_to_transform=[1]
+    ),
     "saved-layer": lambda: lora(modules_to_save=["layers.1.mlp.up_proj"]),
 }
 
@@ -237,6 +252,11 @@ MADE_HERE = {
     "part-of-a-module": {
         r".*/q_proj/kernel": flora.LoRA(rank=2),
         r".*/v_proj/kernel": flora.Replace(),
+    },
+    "loha": {r".*/(q|down)_proj/kernel": flora.LoHa(rank=2, alpha=3.0)},
+    "lokr": {
+        r".*/q_proj/kernel": flora.LoKr(rank=1, alpha=0.5),
+        r".*/up_proj/kernel": flora.LoKr(rank=9),
     },
     "embedding": {"embed_tokens/embedding": flora.LoRA(rank=4)},
 }
