@@ -13,11 +13,11 @@ from flora_jax.core.lowrank import transpose
 from flora_jax.core.operators import LinearMap, operator, static
 
 
-def _einsum(equation: str, y: jax.Array, *operands: jax.Array) -> jax.Array:
+def _einsum(equation: str, y: jax.Array, factor: jax.Array) -> jax.Array:
     """In y's dtype, sums in float32 or better."""
     wide = jnp.promote_types(y.dtype, jnp.float32)
-    operands = [operand.astype(y.dtype) for operand in operands]
-    return jnp.einsum(equation, y, *operands, preferred_element_type=wide).astype(y.dtype)
+    factor = factor.astype(y.dtype)
+    return jnp.einsum(equation, y, factor, preferred_element_type=wide).astype(y.dtype)
 
 
 @operator
@@ -59,10 +59,22 @@ class Kron(LinearMap):
         into, out, sizes = "wmp", "nq", (w, m, p)
         if self.transposed:
             into, out, sizes = "nq", "wmp", (n, q)
+        by_right, by_left = self._costs()
+        middle = "kmq" if by_right <= by_left else "kwnp"
+        # One factor at a time: a joint einsum may prefer to form the matrix.
+        steps = [("kwpq", right), ("kmn", left)]
+        if (middle == "kmq") == self.transposed:
+            steps.reverse()
         b = "b" if left.ndim == 4 else ""
         y = y.reshape(*y.shape[:-1], *sizes)
-        y = _einsum(f"{b}...{into},{b}kmn,{b}kwpq->{b}...{out}", y, left, right)
+        for at, to, (letters, factor) in zip((into, middle), (middle, out), steps):
+            y = _einsum(f"{b}...{at},{b}{letters}->{b}...{to}", y, factor)
         return y.reshape(*y.shape[: y.ndim - len(out)], math.prod(y.shape[y.ndim - len(out) :]))
+
+    def _costs(self) -> tuple[int, int]:
+        """Multiply-adds of one term and row through ``(m, q)`` and through ``(window, n, p)``."""
+        (m, n), (rows, q) = self.left.shape[-2:], self.right.shape[-2:]
+        return m * rows * q + m * n * q, m * n * rows + n * rows * q
 
     def _convolve(self, how: Conv, x: jax.Array) -> jax.Array:
         """One convolution into the terms' q channels over all m blocks, then the left mixing."""
@@ -99,10 +111,7 @@ class Kron(LinearMap):
         return dataclasses.replace(self, transposed=not self.transposed)
 
     def flops(self):
-        (m, n), (rows, q) = self.left.shape[-2:], self.right.shape[-2:]
-        right_first = m * rows * q + m * n * q
-        left_first = m * n * rows + n * rows * q
-        return 2 * math.prod(self.left.shape[:-2]) * min(right_first, left_first)
+        return 2 * math.prod(self.left.shape[:-2]) * min(self._costs())
 
 
 def row_products(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -192,6 +192,19 @@ def test_the_update_is_never_formed(adapter):
     assert 0 < change < 2 * 30 * 42
 
 
+@pytest.mark.parametrize("shape", [(36, 36), (12, 60), (60, 12)])
+def test_many_kronecker_terms_do_not_form_the_update(shape):
+    """With so many terms and rows the matrix would be the cheaper way."""
+    params, plan, adapters = trained(flora.SoKA(rank=6), jnp.asarray(r(*shape)))
+    x = r(101, shape[0])
+    run = lambda a: ops.dot(x, flora.bind(params, a, plan)["kernel"])
+    formed = list(shapes_in(jax.make_jaxpr(run)(adapters).jaxpr))
+    assert all(np.prod(s) % 101 == 0 for s in formed if np.prod(s) >= np.prod(shape))
+    np.testing.assert_allclose(
+        run(adapters), x @ (params["kernel"] + delta(params, adapters, plan)), atol=1e-2
+    )
+
+
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [

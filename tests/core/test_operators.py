@@ -35,6 +35,7 @@ MAPS = {
     "diag": lambda: Diag(r(12)),
     "block": lambda: BlockDiag(r(4, 3, 2)),
     "kron": lambda: Kron(r(2, 4, 2), r(2, 3, 4)),
+    "kron-wide": lambda: Kron(r(2, 6, 2), r(2, 2, 8)),
     "kron-window": lambda: Kron(r(2, 3, 2), r(2, 4, 4), 2),
     "hadamard": lambda: Hadamard(r(12, 2), r(2, 8), r(12, 2, seed=1), r(2, 8, seed=1)),
     "tucker-identity": lambda: Tucker(r(12, 3), (None, r(8, 3)), SPEC),
