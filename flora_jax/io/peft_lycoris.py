@@ -145,6 +145,7 @@ class LycorisReader(Reader):
 
     def _row(self, site: Site, layer: int | None, own: Any, widest: Any) -> Arrays:
         try:
+            own.check(site.spec, site.shape)
             table = layouts(own, site.spec, site.shape)
         except PlanError as error:
             raise PlanError(f"{site.path}: {error}") from None
