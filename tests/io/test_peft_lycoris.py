@@ -200,9 +200,16 @@ CASES = {
     ),
     "lokr": ("LoKrConfig", {"r": 1, "alpha": 2, "rank_pattern": {"head": 2}, "rank_dropout": 0.1}),
     "lokr-full": ("LoKrConfig", {"r": 4, "target_modules": ["conv1", "conv2", "head"]}),
+    # Without the 1-D convolution, on which PEFT's own forward fails (torch.kron, view size).
     "lokr-effective": (
         "LoKrConfig",
-        {"r": 1, "use_effective_conv2d": True, "decompose_both": True, "init_weights": "lycoris"},
+        {
+            "r": 1,
+            "use_effective_conv2d": True,
+            "decompose_both": True,
+            "init_weights": "lycoris",
+            "target_modules": ["conv1", "conv2", "head"],
+        },
     ),
     "lokr-factor": ("LoKrConfig", {"r": 1, "decompose_factor": 2, "decompose_both": True}),
 }
