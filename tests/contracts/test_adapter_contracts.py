@@ -156,8 +156,16 @@ def test_quantised_base(name, fmt):
         return
     merged = flora.materialize(bound, quantized="dequantize")
     close(run(layer, merged, x), run(layer, bound, x), 2e-5)
-    again = flora.materialize(bound, quantized="requantize")[layer.name]
-    assert again.fmt == fmt
+    rounded, report = flora.requantize(bound, original=params)
+    again, row = rounded[layer.name], report[layer.name]
+    assert again.fmt == fmt and [r.path for r in report] == [layer.name]
+    norm = lambda x: np.linalg.norm(np.asarray(x, np.float64))
+    lost = norm(again.dense() - merged[layer.name])
+    change = norm(merged[layer.name] - plain[layer.name])
+    np.testing.assert_allclose(row.error, lost / norm(merged[layer.name]), rtol=1e-3)
+    np.testing.assert_allclose(row.of_change, lost / change, rtol=1e-3)
+    base = norm(plain[layer.name] - params[layer.name]) / norm(params[layer.name])
+    np.testing.assert_allclose(row.base, base, rtol=1e-3)
     step = np.asarray(again.scale).max()
     assert np.abs(again.dense() - merged[layer.name]).max() <= 0.5 * step + 1e-6
 

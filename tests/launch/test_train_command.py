@@ -135,6 +135,58 @@ def test_quantize_writes_low_bits_that_load_and_train(tiny, tmp_path, capsys):
     assert setup.base["layers"]["mlp"]["down_proj"]["kernel"].fmt == leaf.fmt
 
 
+def test_a_low_bit_run_says_what_its_merge_becomes(tiny, tmp_path, capsys):
+    run, low = tmp_path / "run", "{'layers/mlp/.*/kernel': @Format()}"
+    words = ["train", f"--gin_file={tiny / 'lm.gin'}", f"--gin.train.quantize={low}"]
+    words += ["--gin.Format.name=int8", "--gin.train.rules={'layers/mlp/up_proj/kernel': @DoRA()}"]
+    words += ["--gin.DoRA.rank=2", "--gin.train.steps=2", "--gin.train.sample_tokens=0"]
+    assert main([*words, f"--out={run}"]) == 0
+    merge = ["merge", "--run", str(run), "--out"]
+    capsys.readouterr()
+    assert main([*merge, str(tmp_path / "no")]) == 1
+    assert "3 low-bit weights (layers/mlp/" in capsys.readouterr().err
+    again = tmp_path / "again"
+    assert main([*merge, str(again), "--quantized", "requantize"]) == 0
+    table = capsys.readouterr().out
+    row = table[table.index("layers/mlp/up_proj/kernel") :].split()
+    assert "base's error" in table and 0 < float(row[1]) < 0.02 and 0 < float(row[3]) < 0.02
+    setup, state = reopen(run)
+    params = native.load(again)[1]["layers"]["mlp"]
+    assert type(params["up_proj"]["kernel"]).__name__ == "QArray"
+    want = flora.requantize(setup.bound(state))[0]["layers"]["mlp"]["up_proj"]["kernel"]
+    np.testing.assert_array_equal(params["up_proj"]["kernel"].values, want.values)
+    dense = tmp_path / "dense"
+    assert main([*merge, str(dense), "--quantized", "dequantize"]) == 0
+    assert io.load_hf(dense)[1]["layers"]["mlp"]["up_proj"]["kernel"].dtype == np.float32
+    lora = ["convert", "--run", str(run), "--to", "lora", "--out", str(tmp_path / "lora")]
+    assert main(lora) == 1 and "give rank=" in capsys.readouterr().err
+    assert main([*lora, "--rank", "64"]) == 0
+    assert "layers/mlp/up_proj/kernel  lora" in capsys.readouterr().out
+    base, model = flora.dequantize(setup.base), setup.subject.model
+    plan, adapters = io.load_peft(tmp_path / "lora", base, model)
+    bound = flora.bind(setup.base, adapters, plan)
+    merged, want = (
+        flora.materialize(tree, quantized="dequantize")["layers"]["mlp"]["up_proj"]["kernel"]
+        for tree in (bound, setup.bound(state))
+    )
+    np.testing.assert_allclose(merged, want, atol=1e-5)
+
+
+def test_extract_undoes_a_merge(tiny, trained, tmp_path, capsys):
+    tuned, out = tmp_path / "tuned", tmp_path / "lora"
+    assert main(["merge", "--run", str(trained), "--out", str(tuned)]) == 0
+    words = ["extract", "--base", str(tiny / "model"), "--tuned", str(tuned), "--out", str(out)]
+    assert main([*words, "--rule", ".*/(q|v)_proj/kernel", "--error", "1e-3"]) == 0
+    assert "layers/self_attn/q_proj/kernel  lora  2" in capsys.readouterr().out
+    setup, state = reopen(trained)
+    plan, adapters = io.load_peft(out, setup.base, setup.subject.model)
+    found = flora.materialize(flora.bind(setup.base, adapters, plan))
+    for path, leaf in flatten(flora.materialize(setup.bound(state))).items():
+        np.testing.assert_allclose(flatten(found)[path], leaf, atol=1e-4, err_msg=path)
+    assert main([*words, "--rank", "2"]) == 1
+    assert "exists: choose another --out" in capsys.readouterr().err
+
+
 def test_plan_reports_what_xla_says(tiny, capsys):
     assert main(["plan", f"--gin_file={tiny / 'lm.gin'}"]) == 0
     text = capsys.readouterr().out
@@ -177,3 +229,14 @@ def test_bench_members(tiny, capsys):
     assert figures["together_seconds"] > 0 and figures["largest_loss_difference"] < 1e-4
     assert main([*words, "--rounds", "0"]) == 1
     assert "--rounds must be at least 1" in capsys.readouterr().err
+
+
+def test_bench_adapters(capsys):
+    words = ["bench", "adapters", "--adapters", "2", "--length", "4", "--layers", "1", "--vocab"]
+    assert main([*words, "16", "--rank", "2", "--rounds", "1", "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    assert list(figures["forward"]) == ["base", "one adapter", "mixed batch", "2 calls"]
+    assert figures["training"]["one adapter"]["ratio"] == 1.0
+    assert figures["training"]["mixed batch"]["seconds"] > 0
+    assert main([*words, "0"]) == 1
+    assert "--vocab 0 must be at least 1" in capsys.readouterr().err
