@@ -13,7 +13,7 @@ WORKERS ?= 2
 help:
 	@echo "make quickstart  install and fine-tune SmolLM2-135M with LoRA and FLoRA (3-8 minutes on 2 cores)"
 	@echo "make test        install and run the whole test suite (torch, transformers and peft included)"
-	@echo "make test-fast   install and run the tests that need neither torch nor pretrained weights"
+	@echo "make test-fast   install and run a subset that needs neither torch nor pretrained weights"
 	@echo "make lint        ruff"
 
 $(QUICK)/.done: setup.cfg pyproject.toml
@@ -44,7 +44,7 @@ test: $(TEST)/.done
 	$(PYTEST) -n $(WORKERS) -m "not slow"
 
 test-fast: $(TEST)/.fast
-	$(PYTEST) -n $(WORKERS) -m "not slow and not interop and not real"
+	$(PYTEST) -n $(WORKERS) -m "not slow and not interop and not real and not broad"
 
 lint: $(TEST)/.fast
 	$(TEST)/bin/ruff check .
