@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.core import paths
-from flora_jax.core.adapted import Adapted, Bound, Mixed
+from flora_jax.core.adapted import Adapted, Bound
 from flora_jax.core.adapter import Adapter
 from flora_jax.core.errors import FloraError, PlanError, StructureError
 from flora_jax.core.initialize import AdapterTree, over_stack
 from flora_jax.core.leaf import WeightLeaf, is_leaf
+from flora_jax.core.mixed import Mixed
 from flora_jax.core.plan import Entry, Plan, Pool, check_adapters
 from flora_jax.core.registry import name_of
 from flora_jax.core.rows import Stacked, attach_stacked, mixed

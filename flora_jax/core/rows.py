@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.core import paths
-from flora_jax.core.adapted import Bound, Group, Mixed
+from flora_jax.core.adapted import Bound
 from flora_jax.core.adapter import Adapter, Params
 from flora_jax.core.errors import PlanError, StructureError
 from flora_jax.core.initialize import AdapterTree
 from flora_jax.core.leaf import Weight, is_leaf
+from flora_jax.core.mixed import Group, Mixed
 from flora_jax.core.plan import Entry, Plan
 from flora_jax.core.registry import name_of
 from flora_jax.core.uses import Use, bias_change, bound_of, seeing_bias, sibling_bias

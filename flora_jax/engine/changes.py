@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.core import paths
-from flora_jax.core.adapted import Adapted, Mixed
+from flora_jax.core.adapted import Adapted
 from flora_jax.core.bind import bind
 from flora_jax.core.errors import FloraError, PlanError
 from flora_jax.core.initialize import over_stack
 from flora_jax.core.leaf import Weight, dense, is_leaf
 from flora_jax.core.lowrank import Factors
+from flora_jax.core.mixed import Mixed
 from flora_jax.core.plan import Entry, Plan
 from flora_jax.core.spec import KernelSpec
 from flora_jax.core.uses import sibling_bias

@@ -33,7 +33,7 @@ from flora_jax.training.optim import AdamW
 from flora_jax.training.place import Layout
 from flora_jax.training.run_dir import RunDir, RunError
 from flora_jax.training.state import TrainState, fresh_state
-from flora_jax.training.step import bad_paths, make_evaluator, make_step
+from flora_jax.training.step import make_evaluator, make_step, trouble
 from flora_jax.training.stopping import EarlyStopping, Sigterm
 
 Eval = Callable[[TrainState, Any], Mapping[str, float]]
@@ -196,14 +196,6 @@ def _evals(
     return {name: e if callable(e) else over(e) for name, e in (evals or {}).items()}
 
 
-def _trouble(metrics: Any) -> str:
-    """What was not finite in a step."""
-    bad = bad_paths(metrics)
-    where = f"gradients not finite in {', '.join(bad[:5])}" if bad else "finite gradients"
-    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-    return f"loss {float(metrics['loss'])}, {where}{more}"
-
-
 @dataclasses.dataclass
 class _Loop:
     """The moving parts of one :func:`fit` call."""
@@ -321,7 +313,7 @@ class _Loop:
             metrics = member(metrics, max(self.stopped, key=self.stopped.get))
         self.saver.wait()
         raise RunError(
-            f"step {step}: {_trouble(metrics)}; last good checkpoint: step {self.saver.latest()}"
+            f"step {step}: {trouble(metrics)}; last good checkpoint: step {self.saver.latest()}"
         )
 
     def _note_stopped(self, step: int, metrics: Any, ok: np.ndarray) -> None:
@@ -330,7 +322,7 @@ class _Loop:
             if index not in self.stopped:
                 self.stopped[index] = step
                 self.progress.say(
-                    f"step {step}: member {index} stops: {_trouble(member(metrics, index))}"
+                    f"step {step}: member {index} stops: {trouble(member(metrics, index))}"
                 )
 
     def _drain(self) -> None:

@@ -176,6 +176,14 @@ def sums_function(loss: Loss, plan: Plan) -> Callable[..., tuple[jax.Array, Metr
     return sums
 
 
+def trouble(metrics: Any) -> str:
+    """What was not finite in a step."""
+    bad = bad_paths(metrics)
+    where = f"gradients not finite in {', '.join(bad[:5])}" if bad else "finite gradients"
+    more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    return f"loss {float(metrics['loss'])}, {where}{more}"
+
+
 def make_evaluator(loss: Loss, plan: Plan) -> Callable[..., dict[str, float]]:
     """``evaluate(state, base, batches) -> {"loss": ..., <aux>: ...}``, means over all batches."""
     sums = jax.jit(sums_function(loss, plan))
