@@ -31,7 +31,7 @@ def train(tiny, tmp_path, capsys):
 
 def test_unknown_method(train):
     assert train("adapter=@LORA") == (
-        "--gin.adapter=@LORA: unknown name '@LORA'; nearest: @LoRA, @OLoRA, @FLoRA"
+        "--gin.adapter=@LORA: unknown name '@LORA'; nearest: @LoRA, @VLoRA, @OLoRA"
     )
 
 
