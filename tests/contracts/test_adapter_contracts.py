@@ -188,7 +188,7 @@ def test_a_replaced_weight_starts_from_the_dequantised_base(name):
     jax.tree.map(lambda a, b: close(a, b, 2e-5), *kernels)
 
 
-@pytest.mark.parametrize("name", NEEDS_STACK)
+@pytest.mark.parametrize("name", sorted(NEEDS_STACK))
 def test_a_method_of_the_stack_refuses_an_unrolled_model(name):
     layer = LAYERS["dense"]
     with pytest.raises(PlanError, match=f"^{layer.name}: .*scan_layers"):
