@@ -29,6 +29,8 @@ def modules():
         parts = path.relative_to(ROOT / "flora_jax").with_suffix("").parts
         if parts[0] not in ("__init__", "__main__"):
             yield parts[0], path
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        yield "kernels", path
 
 
 def imports(path):
@@ -74,8 +76,12 @@ def test_setup_cfg_lists_every_package():
         ".".join(path.parent.relative_to(ROOT).parts)
         for path in (ROOT / "flora_jax").rglob("__init__.py")
     }
-    mapped = {"flora_jax.kernels", "flora_jax.configs", "flora_jax.experiments"}
-    assert listed == found | mapped
+    kernels = {
+        ".".join(("flora_jax", *path.parent.relative_to(ROOT).parts))
+        for path in (ROOT / "kernels").rglob("__init__.py")
+    }
+    mapped = {"flora_jax.configs", "flora_jax.experiments"}
+    assert listed == found | kernels | mapped
 
 
 def test_files_stay_under_400_lines():

@@ -1,0 +1,66 @@
+"""Which implementation of a kernel runs: argument, context, environment, platform."""
+
+import logging
+
+import pytest
+
+from flora_jax.core.errors import ConfigError
+from flora_jax.kernels import dispatch
+
+
+def cannot(x):
+    raise NotImplementedError(f"{x} is odd")
+
+
+TABLE = {"mosaic_gpu": cannot, "pallas_tpu": cannot, "xla": lambda x: ("xla", x)}
+
+
+@pytest.mark.parametrize("platform", dispatch.ORDER)
+def test_the_platform_decides_and_what_cannot_run_gives_way(platform):
+    with dispatch.target(platform):
+        assert dispatch.run("op", TABLE, 3) == ("xla", 3)
+
+
+def test_a_kernel_comes_first_on_its_platform():
+    table = TABLE | {"pallas_tpu": lambda x: ("tpu", x)}
+    with dispatch.target("tpu"):
+        assert dispatch.run("op", table, 3) == ("tpu", 3)
+    assert dispatch.run("op", table, 3) == ("xla", 3)
+    with dispatch.interpret():
+        assert dispatch.run("op", table, 3, implementation="pallas_tpu") == ("tpu", 3)
+
+
+def test_a_choice_is_final_and_says_why():
+    with pytest.raises(NotImplementedError, match="^op: pallas_tpu: needs a TPU; this is cpu$"):
+        dispatch.run("op", TABLE, 3, implementation="pallas_tpu")
+    with dispatch.target("tpu"), pytest.raises(NotImplementedError, match="^op: pallas_tpu: 3 is"):
+        dispatch.run("op", TABLE, 3, implementation="pallas_tpu")
+    with pytest.raises(NotImplementedError, match="^op: reference: the op has none$"):
+        dispatch.run("op", TABLE, 3, implementation="reference")
+    assert dispatch.run("op", TABLE, 3, implementation=("reference", "xla")) == ("xla", 3)
+
+
+def test_argument_before_context_before_environment(monkeypatch):
+    monkeypatch.setenv(dispatch.VARIABLE, "reference,xla")
+    assert dispatch.chosen(None) == ("reference", "xla")
+    with dispatch.use("pallas_tpu"):
+        assert dispatch.chosen(None) == ("pallas_tpu",)
+        assert dispatch.chosen("xla") == ("xla",)
+    assert dispatch.chosen(None) == ("reference", "xla")
+
+
+def test_unknown_names_are_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="'pallas'; nearest: pallas_tpu"):
+        dispatch.use("pallas")
+    with pytest.raises(ConfigError, match="'gpu'"):
+        dispatch.target("gpu")
+    monkeypatch.setenv(dispatch.VARIABLE, "xlaa")
+    with pytest.raises(ConfigError, match="'xlaa'; nearest: xla"):
+        dispatch.run("op", TABLE, 3)
+
+
+def test_the_first_use_logs_the_choice(caplog):
+    with caplog.at_level(logging.INFO, logger="flora_jax.kernels"), dispatch.target("tpu"):
+        for _ in range(2):
+            dispatch.run("logged once", TABLE, 3)
+    assert [r.message for r in caplog.records] == ["logged once runs as xla (pallas_tpu: 3 is odd)"]
