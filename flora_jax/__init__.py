@@ -4,6 +4,7 @@ import importlib as _importlib
 from typing import Any as _Any
 
 from flora_jax import adapters as adapters
+from flora_jax import attention as attention
 from flora_jax.adapters import EVA as EVA
 from flora_jax.adapters import IA3 as IA3
 from flora_jax.adapters import KORE as KORE

@@ -1,8 +1,7 @@
 """Text generation: a static-shape cache, one jitted prefill and one jitted step or loop.
 
 Prompts of different length lie left-aligned in one batch: row b's token t has position t, and what
-a shorter row computes past its end is never seen, because slot s of the cache is seen from
-positions ``>= s`` only and is overwritten when the row gets there. Prompt and cache lengths are
+a shorter row computes past its end is never seen and enters no state. Prompt and cache lengths are
 rounded up, so that prompts of similar length share one compiled program.
 """
 
@@ -102,7 +101,12 @@ def _prefill(model, params, tokens, lengths, key, kind, numbers, max_len):
     cache = model.init_cache(tokens.shape[0], max_len)
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     hidden, cache = model.apply(
-        {"params": params}, tokens, positions=positions, cache=cache, output="hidden"
+        {"params": params},
+        tokens,
+        positions=positions,
+        cache=cache,
+        output="hidden",
+        valid=positions < lengths[:, None],
     )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     token = choose(_head(model, params, last), jax.random.fold_in(key, 0), kind, numbers)

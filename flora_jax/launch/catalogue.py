@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import flora_jax.adapters  # noqa: F401  fills the registry of methods
+import flora_jax.attention  # noqa: F401
 from flora_jax import config, data
 from flora_jax.core.registry import methods
 from flora_jax.launch import first_task, pretrained, small_text, students, subjects
@@ -17,7 +18,7 @@ from flora_jax.quant import Format
 from flora_jax.training import EarlyStopping, optim, schedules
 
 OPTIMIZERS = (optim.AdamW, optim.SGD, optim.Lion, optim.Adafactor, optim.Groups, optim.lora_plus)
-FAMILIES = ("adapter", "optimizer")  # registered methods that gin files name
+FAMILIES = ("adapter", "attention", "optimizer")  # registered methods that gin files name
 SCHEDULES = (
     schedules.Constant,
     schedules.Linear,

@@ -16,11 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flora_jax.attention import Softmax, Variant
 from flora_jax.core import ops
 from flora_jax.core.errors import ConfigError, StructureError
 from flora_jax.linen.layers import Dense, Embed, LayerNorm
 from flora_jax.models import encoder_layers as encoder
 from flora_jax.models import registry
+from flora_jax.models.attention_config import read_attention, write_attention
 from flora_jax.models.encoder_layers import Mode
 
 POOLING = ("pooler", "mean", "cls")
@@ -36,6 +38,7 @@ class BertConfig:
       pooling: what the head reads: ``pooler`` (tanh layer on the first token), ``mean`` (over
         tokens) or ``cls`` (the first token as it is).
       use_pooler: whether the parameters hold the pooler; ``pooling="pooler"`` needs it.
+      attention: the variant that every layer has.
       dtype, param_dtype: of the activations and of the parameters.
       scan_layers: one scanned component ``layers`` or components ``layers_0``, ``layers_1`` ...
       remat: what the backward pass recomputes: ``none``, ``full`` (all of a block), ``dots``
@@ -60,6 +63,7 @@ class BertConfig:
     num_labels: int = 0
     pooling: str = "pooler"
     use_pooler: bool = True
+    attention: Variant = Softmax()
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = True
@@ -111,14 +115,16 @@ class BertConfig:
         names -= {"hidden_dropout_prob", "attention_probs_dropout_prob", *encoder.POLICY}
         values = {name: config[name] for name in names if name in config}
         values["num_labels"] = encoder.read_labels(config)
+        values |= read_attention(config)
         if "BertForMaskedLM" in (config.get("architectures") or ()):
             values.setdefault("use_pooler", False)
         return cls(**(values | changes))
 
     def to_hf(self) -> dict[str, Any]:
         """The Hugging Face ``config.json`` of this model; :meth:`from_hf` reads it back."""
-        ours = {"num_labels", "pooling", "use_pooler", *encoder.POLICY}
+        ours = {"num_labels", "pooling", "use_pooler", "attention", *encoder.POLICY}
         data = {k: v for k, v in dataclasses.asdict(self).items() if k not in ours}
+        data |= write_attention(self.attention)
         kind = "BertForSequenceClassification" if self.num_labels else "BertModel"
         data |= {"model_type": "bert", "architectures": [kind]}
         if self.num_labels:
@@ -190,6 +196,7 @@ class _Attention(nn.Module):
             encoder.kernel_init(cfg.initializer_range),
             cfg.param_dtype,
             self.mode.train,
+            cfg.attention,
             name="self",
         )
         return _Output(cfg, self.mode, name="output")(heads(x, mask), x)

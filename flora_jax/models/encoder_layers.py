@@ -10,9 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flora_jax.attention import Dropout, Full, Inputs, Sizes, Softmax, Variant
 from flora_jax.core.errors import ConfigError, unknown
+from flora_jax.linen.attention import FloraAttention
 from flora_jax.linen.layers import Dense, PrefixDense
-from flora_jax.models.prefix import join, join_mask, pair
+from flora_jax.models.prefix import pair
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),
@@ -52,26 +54,6 @@ def kernel_init(std: float | None) -> nn.initializers.Initializer:
     return nn.initializers.lecun_normal() if std is None else nn.initializers.normal(std)
 
 
-def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, dropout: nn.Dropout
-) -> jax.Array:
-    """``softmax(q k^T / sqrt(H)) v`` over ``[B,T,N,H]``; the softmax runs in float32.
-
-    Args:
-      mask: ``[B,T]``, true where a key is a token; ``None`` attends everywhere.
-      dropout: applied to the attention probabilities; at rate 0 the fused attention is used.
-    """
-    keep = None if mask is None else mask.astype(bool)[:, None, None, :]
-    if dropout.deterministic or dropout.rate == 0:
-        return jax.nn.dot_product_attention(q, k, v, mask=keep)
-    logits = jnp.einsum("btnh,bsnh->bnts", q, k, preferred_element_type=jnp.float32)
-    logits = logits * q.shape[-1] ** -0.5
-    if keep is not None:
-        logits = jnp.where(keep, logits, jnp.finfo(logits.dtype).min)
-    probs = dropout(jax.nn.softmax(logits)).astype(q.dtype)
-    return jnp.einsum("bnts,bsnh->btnh", probs, v)
-
-
 @dataclasses.dataclass(frozen=True)
 class Mode:
     """What a call asks of every submodule: dropout on, every layer's output kept."""
@@ -81,7 +63,11 @@ class Mode:
 
 
 class SelfAttention(nn.Module):
-    """Query, key and value projections and the attention itself, ``[B,T,D] -> [B,T,D]``."""
+    """Query, key and value projections and the attention itself, ``[B,T,D] -> [B,T,D]``.
+
+    Args:
+      grid: ``(h, w)`` when the last ``h * w`` tokens are an image's patches.
+    """
 
     heads: int
     use_bias: bool
@@ -89,6 +75,8 @@ class SelfAttention(nn.Module):
     kernel_init: nn.initializers.Initializer
     param_dtype: Any
     train: bool
+    variant: Variant = Softmax()
+    grid: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -105,11 +93,23 @@ class SelfAttention(nn.Module):
         q = split(dense("query", Dense)(x))
         (k, k_prefix), (v, v_prefix) = dense("key")(x), dense("value")(x)
         k, v = split(k), split(v)
-        prefix = pair(self, k_prefix, v_prefix, self.heads)
-        if prefix is not None:
-            mask, (k, v) = join_mask(prefix, mask, x.shape[1]), join(prefix, k, v)
-        dropout = nn.Dropout(self.dropout, deterministic=not self.train)
-        return attend(q, k, v, mask, dropout).reshape(x.shape)
+        dropout = None
+        if self.train and self.dropout:
+            dropout = Dropout(self.dropout, self.make_rng("dropout"))
+        dim, width = q.shape[-1], x.shape[-1]
+        sizes = Sizes(heads=self.heads, kv_heads=self.heads, dim=dim, width=width)
+        core = FloraAttention(self.variant, sizes, self.param_dtype, name="attention")
+        out, _ = core(
+            q,
+            k,
+            v,
+            mask=Full(),
+            valid=mask,
+            prefix=pair(self, k_prefix, v_prefix, self.heads),
+            dropout=dropout,
+            inputs=Inputs(x=x, q=q, k=k, grid=self.grid),
+        )
+        return out.reshape(x.shape)
 
 
 def run_layers(

@@ -9,7 +9,6 @@ Component names are Hugging Face's; the blocks are scanned under ``layers``, so 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,10 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from flora_jax.attention import Causal, Inputs, Mask, Sizes, Sliding
 from flora_jax.core import ops
 from flora_jax.core.errors import ConfigError, unknown
+from flora_jax.linen.attention import FloraAttention
 from flora_jax.linen.layers import Dense, Embed, PrefixDense, RMSNorm
-from flora_jax.models import decoder_attention, registry
+from flora_jax.models import registry
 from flora_jax.models.llama_config import LlamaConfig
 from flora_jax.models.prefix import pair
 from flora_jax.models.rope import rotate
@@ -40,14 +41,26 @@ _POLICIES = {
 }
 
 
+def _sizes(c: LlamaConfig) -> Sizes:
+    return Sizes(
+        heads=c.num_attention_heads,
+        kv_heads=c.num_key_value_heads,
+        dim=c.head_dim,
+        width=c.hidden_size,
+    )
+
+
+def _mask(window: int | jax.Array | None) -> Mask:
+    return Causal() if window is None else Sliding(window)
+
+
 class Attention(nn.Module):
-    """Projections, rotation, the attention core and its cache."""
+    """Projections, rotation, the attention variant and its state."""
 
     config: LlamaConfig
-    core: Callable[..., jax.Array]
 
     @nn.compact
-    def __call__(self, x: jax.Array, cache: Any, window: Any, shared: dict[str, Any]):
+    def __call__(self, x: jax.Array, state: Any, window: Any, shared: dict[str, Any]):
         c = self.config
         init = nn.initializers.normal(c.initializer_range)
 
@@ -69,20 +82,23 @@ class Attention(nn.Module):
         if c.qk_norm:
             norm = partial(RMSNorm, c.rms_norm_eps, param_dtype=jnp.dtype(c.param_dtype))
             q, k = norm(name="q_norm")(q), norm(name="k_norm")(k)
-        q, k = rotate(q, shared["cos"], shared["sin"]), rotate(k, shared["cos"], shared["sin"])
-        segments = shared["segment_ids"]
-        where = {"q_positions": shared["mask_positions"], "k_positions": shared["mask_positions"]}
-        if cache is not None:
-            cache = decoder_attention.write_cache(cache, k, v, shared["positions"])
-            k, v = cache["k"].astype(q.dtype), cache["v"].astype(q.dtype)
-            where = {"q_positions": shared["positions"], "k_positions": None}
-        if before is not None:
-            where["prefix"] = before
-        y = self.core(
-            q, k, v, **where, causal=True, window=window, q_segments=segments, k_segments=segments
+        turn = partial(rotate, cos=shared["cos"], sin=shared["sin"])
+        core = FloraAttention(c.attention, _sizes(c), c.param_dtype, name="attention")
+        y, state = core(
+            turn(q),
+            turn(k),
+            v,
+            mask=_mask(window),
+            mode="train" if state is None else "decode" if x.shape[1] == 1 else "prefill",
+            state=state,
+            positions=None if state is None else shared["positions"],
+            segment_ids=shared["segment_ids"],
+            valid=shared["valid"],
+            prefix=before,
+            inputs=Inputs(x=x, q=q, k=k, rotate=turn),
         )
         y = y.reshape(*y.shape[:-2], heads * dim)
-        return dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(y), cache
+        return dense(c.hidden_size, use_bias=c.o_bias, name="o_proj")(y), state
 
 
 class MLP(nn.Module):
@@ -108,13 +124,12 @@ class Block(nn.Module):
     """One decoder layer; the carry is the residual stream ``[B, T, D]``."""
 
     config: LlamaConfig
-    core: Callable[..., jax.Array]
 
     @nn.compact
     def __call__(self, x: jax.Array, cache: Any, window: Any, shared: dict[str, Any]):
         c = self.config
         norm = partial(RMSNorm, c.rms_norm_eps, param_dtype=jnp.dtype(c.param_dtype))
-        attention = Attention(c, self.core, name="self_attn")
+        attention = Attention(c, name="self_attn")
         y, cache = attention(norm(name="input_layernorm")(x), cache, window, shared)
         x = x + y
         return x + MLP(c, name="mlp")(norm(name="post_attention_layernorm")(x)), cache
@@ -125,8 +140,6 @@ class Llama(nn.Module):
 
     Args:
       config: the architecture and the numeric policy.
-      core: the attention core, :func:`flora_jax.models.decoder_attention.attend` or another
-        function of the same signature.
 
     >>> model = Llama(LlamaConfig.tiny())
     >>> params = registry.init(model, jax.random.key(0))
@@ -137,7 +150,6 @@ class Llama(nn.Module):
     """
 
     config: LlamaConfig
-    core: Callable[..., jax.Array] = decoder_attention.attend
 
     def setup(self):
         c = self.config
@@ -157,9 +169,9 @@ class Llama(nn.Module):
                 in_axes=(0, 0 if c.mixed_windows else nn.broadcast, nn.broadcast),
                 length=c.num_hidden_layers,
             )
-            self.layers = scanned(c, self.core)
+            self.layers = scanned(c)
         else:
-            self.layers = [block(c, self.core) for _ in range(c.num_hidden_layers)]
+            self.layers = [block(c) for _ in range(c.num_hidden_layers)]
         self.norm = RMSNorm(c.rms_norm_eps, param_dtype=dtype)
         if not c.tie_word_embeddings:
             self.lm_head = Dense(
@@ -173,15 +185,18 @@ class Llama(nn.Module):
         segment_ids: jax.Array | None = None,
         cache: Any = None,
         output: str = "logits",
+        valid: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """``tokens [B, T] -> (logits [B, T, V] or hidden [B, T, D], cache)``.
 
         Args:
-          positions: ``[B, T]``; 0, 1, 2 ... by default. With a cache they are also the slots that
-            are written, and a query sees the slots up to its own position.
+          positions: ``[B, T]``; 0, 1, 2 ... by default. With a cache a row counts on from where its
+            cache ends.
           segment_ids: ``[B, T]`` of packed sequences; a token sees its own segment and segment -1.
-          cache: of :meth:`init_cache`; returned with the new keys and values.
+          cache: of :meth:`init_cache`, the state of the attention; returned with these tokens.
           output: ``hidden`` stops before the head (see :meth:`head`).
+          valid: ``[B, T]``, false for padding, which does not enter the cache: with a cache at the
+            end of a row.
 
         Raises:
           ConfigError: an unknown output, or a cache together with segments.
@@ -200,22 +215,25 @@ class Llama(nn.Module):
             "cos": cos,
             "sin": sin,
             "positions": jnp.broadcast_to(given, tokens.shape),
-            # Order within a row decides what is seen, so that restarting positions are safe.
-            "mask_positions": counted,
             "segment_ids": segment_ids,
+            "valid": valid,
         }
         x, cache = self._blocks(self.embed_tokens(tokens), cache, shared)
         x = self.norm(x)
         return (self.head(x) if output == "logits" else x), cache
 
+    @property
+    def _window(self) -> int | None:
+        """The window of every layer, where they are alike."""
+        c = self.config
+        return None if c.sliding_layers and not any(c.sliding_layers) else c.sliding_window
+
     def _blocks(self, x: jax.Array, cache: Any, shared: dict[str, Any]) -> tuple[jax.Array, Any]:
         c = self.config
         if c.scan_layers:
-            window = c.sliding_window
+            window = self._window
             if c.mixed_windows:
                 window = jnp.asarray([w or NO_WINDOW for w in c.windows])
-            elif c.sliding_layers is not None and not any(c.sliding_layers):
-                window = None
             return self.layers(x, cache, window, shared)
         new = []
         for i, layer in enumerate(self.layers):
@@ -229,12 +247,13 @@ class Llama(nn.Module):
             return self.embed_tokens.attend(hidden)
         return self.lm_head(hidden)
 
-    def init_cache(self, batch: int, max_len: int, dtype: Any = None) -> dict[str, jax.Array]:
-        """An empty cache of static shape ``[L, B, max_len, K, H]``."""
+    def init_cache(self, batch: int, max_len: int, dtype: Any = None) -> Any:
+        """An empty cache: the state of the attention variant, with a leading layer axis."""
         c = self.config
-        return decoder_attention.init_cache(
-            c.num_hidden_layers, batch, max_len, c.num_key_value_heads, c.head_dim, dtype or c.dtype
-        )
+        mask = _mask(None if c.mixed_windows else self._window)
+        one = c.attention.init_state(_sizes(c), batch, max_len, jnp.dtype(dtype or c.dtype), mask)
+        layers = c.num_hidden_layers
+        return jax.tree.map(lambda a: jnp.broadcast_to(a, (layers, *a.shape)), one)
 
     def to_hf(self) -> dict[str, Any]:
         """The model's ``config.json``."""

@@ -6,7 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from flora_jax.attention import Softmax, Variant
 from flora_jax.core.errors import ConfigError, unknown
+from flora_jax.models.attention_config import read_attention, write_attention
 from flora_jax.models.rope import Rope
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
@@ -17,7 +19,6 @@ FAMILY = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
@@ -30,6 +31,7 @@ class LlamaConfig:
       qk_norm: RMSNorm of each query and key head before the rotation (Qwen3).
       sliding_window: a query sees this many last keys, itself included; ``None`` for all.
       sliding_layers: which layers have the window; ``None`` for all of them.
+      attention: the variant that every layer has.
       dtype, param_dtype: of the activations and of the parameters.
       scan_layers: one scanned component ``layers`` or components ``layers_0``, ``layers_1`` ...
       remat: what the backward pass recomputes: ``none``, ``full`` (all of a block), ``dots``
@@ -62,6 +64,7 @@ class LlamaConfig:
     bos_token_id: int | None = 1
     eos_token_id: int | tuple[int, ...] | None = 2
     pad_token_id: int | None = None
+    attention: Variant = Softmax()
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = True
@@ -157,6 +160,7 @@ class LlamaConfig:
         values["sliding_window"], values["sliding_layers"] = _windows(config, family, layers)
         length = values.get("max_position_embeddings", cls.max_position_embeddings)
         values["rope"] = Rope.from_hf(config, length)
+        values |= read_attention(config)
         return cls(**(values | options))
 
     def to_hf(self) -> dict[str, Any]:
@@ -167,6 +171,7 @@ class LlamaConfig:
             "model_type": self.family,
             **{k: v for k, v in fields.items() if k not in _OWN},
             **self.rope.to_hf(),
+            **write_attention(self.attention),
             "use_cache": True,
         }
         if isinstance(self.eos_token_id, tuple):
@@ -187,7 +192,7 @@ class LlamaConfig:
 
 _RUN = {"dtype", "param_dtype", "scan_layers", "remat"}
 _SPELT = {"qkv_bias", "o_bias", "qk_norm", "sliding_window", "sliding_layers"}
-_OWN = _RUN | _SPELT | {"family", "rope"}
+_OWN = _RUN | _SPELT | {"family", "rope", "attention"}
 """Fields without a namesake in ``config.json`` (``dtype`` there is that of the file)."""
 
 

@@ -89,6 +89,7 @@ class _AttentionOutput(nn.Module):
 class _Attention(nn.Module):
     config: ViTConfig
     mode: Mode
+    grid: tuple[int, int]
 
     @nn.compact
     def __call__(self, x):
@@ -100,6 +101,8 @@ class _Attention(nn.Module):
             encoder.kernel_init(cfg.initializer_range),
             cfg.param_dtype,
             self.mode.train,
+            cfg.attention,
+            self.grid,
             name="attention",
         )
         return _AttentionOutput(cfg, name="output")(heads(x, None))
@@ -135,10 +138,11 @@ class LayerScale(nn.Module):
 class _Layer(nn.Module):
     config: ViTConfig
     mode: Mode
+    grid: tuple[int, int]
 
     @nn.compact
     def __call__(self, x):
-        x = x + self._branch(_Attention(self.config, self.mode, name="attention"), x, 1)
+        x = x + self._branch(_Attention(self.config, self.mode, self.grid, name="attention"), x, 1)
         x = x + self._branch(_MLP(self.config, name="mlp"), x, 2)
         return x, (x if self.mode.collect else None)
 
@@ -203,10 +207,10 @@ class ViT(nn.Module):
         self._check(images, masked, output)
         mode = Mode(train, output == "layers")
         x = _Embeddings(cfg, mode, name="embeddings")(images, masked)
+        grid = (images.shape[1] // cfg.patch_size, images.shape[2] // cfg.patch_size)
         how = {"remat": cfg.remat, "scan": cfg.scan_layers}
-        hidden, every = encoder.run_layers(
-            _Layer, cfg.num_hidden_layers, x, **how, config=cfg, mode=mode
-        )
+        fields = {"config": cfg, "mode": mode, "grid": grid}
+        hidden, every = encoder.run_layers(_Layer, cfg.num_hidden_layers, x, **how, **fields)
         hidden = LayerNorm(cfg.layer_norm_eps, cfg.param_dtype, name="layernorm")(hidden)
         pooled = self._pool(hidden)
         if cfg.num_labels:

@@ -6,8 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from flora_jax.attention import Softmax, Variant
 from flora_jax.core.errors import ConfigError
 from flora_jax.models import encoder_layers as encoder
+from flora_jax.models.attention_config import read_attention, write_attention
 
 POOLING = ("cls", "mean", "cls_mean", "pooler")
 
@@ -26,6 +28,7 @@ class ViTConfig:
       num_labels: width of the classification head ``classifier``; 0 for none.
       pooling: what the head reads: ``cls``, ``mean`` (of the patches), ``cls_mean`` (both, joined)
         or ``pooler`` (tanh layer on cls; needs ``use_pooler``).
+      attention: the variant that every layer has.
       dtype, param_dtype: of the activations and of the parameters.
       scan_layers: one scanned component ``layers`` or components ``layers_0``, ``layers_1`` ...
       remat: what the backward pass recomputes: ``none``, ``full`` (all of a block), ``dots``
@@ -55,6 +58,7 @@ class ViTConfig:
     use_pooler: bool = False
     num_labels: int = 0
     pooling: str = "cls"
+    attention: Variant = Softmax()
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = True
@@ -137,6 +141,7 @@ class ViTConfig:
             narrow = 2 * ((wide * 2 // 3 + 7) // 8 * 8)
             values["intermediate_size"] = narrow if values.get("use_swiglu_ffn") else wide
         values["num_labels"] = encoder.read_labels(config)
+        values |= read_attention(config)
         if kind == "vit":
             values["use_pooler"] = config.get("use_pooler", not values["num_labels"])
         return cls(**(values | changes))
@@ -149,8 +154,9 @@ class ViTConfig:
         """
         kind = "vit" if self.layerscale_value is None else "dinov2"
         self._check_hf(kind)
-        ours = {"num_labels", "pooling", "use_pooler", *encoder.POLICY}
+        ours = {"num_labels", "pooling", "use_pooler", "attention", *encoder.POLICY}
         data = {k: v for k, v in dataclasses.asdict(self).items() if k not in ours}
+        data |= write_attention(self.attention)
         if kind == "vit":
             for name in ("layerscale_value", "use_swiglu_ffn", "use_mask_token", "drop_path_rate"):
                 del data[name]

@@ -1,5 +1,7 @@
 """Generation against teacher forcing, adapters as arguments, sampling laws, stops."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +9,13 @@ import pytest
 
 import flora_jax as flora
 from flora_jax import models
+from flora_jax.attention import Softmax
 from flora_jax.core.errors import ConfigError
 from flora_jax.core.paths import map_with_path
+from flora_jax.core.registry import register
 from flora_jax.evaluation import Sampling, generate, generate_text, stream, stream_text
 from flora_jax.evaluation.generate import choose
-from flora_jax.models import Llama, LlamaConfig, decoder_attention
+from flora_jax.models import Llama, LlamaConfig
 
 PROMPTS = [[5, 9, 200], [7, 1, 4, 88, 31, 250, 17], [42]]
 
@@ -131,11 +135,13 @@ def test_sampling_repeats_with_its_key(tiny):
 def test_one_program_for_similar_lengths(tiny):
     traced = []
 
-    def core(*args, **kwargs):
-        traced.append(1)
-        return decoder_attention.attend(*args, **kwargs)
+    class Counted(Softmax):
+        def extend(self, *args):
+            traced.append(1)
+            return super().extend(*args)
 
-    model = Llama(tiny[0].config, core)
+    register("Counted", family="example", paper="", arxiv="")(Counted)
+    model = Llama(dataclasses.replace(tiny[0].config, attention=Counted()))
     generate(model, tiny[1], [[1, 2, 3]], max_new_tokens=4)
     before = len(traced)
     assert before > 0

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,6 @@ from flora_jax.core.errors import ConfigError, StructureError
 from flora_jax.core.paths import flatten, unflatten
 from flora_jax.core.spec import infer
 from flora_jax.models import Bert, BertConfig, registry
-from flora_jax.models import encoder_layers as encoder
 from flora_jax.models.bert import mean_pool
 from flora_jax.models.heads import with_head
 
@@ -130,17 +128,6 @@ def test_dropout_only_when_training(tiny):
 
     assert not np.allclose(draw(0), draw(1))
     np.testing.assert_array_equal(draw(0), draw(0))
-
-
-def test_attention_with_and_without_dropout_are_one_formula():
-    q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 6, 4, 8))
-    fused = encoder.attend(q, k, v, MASK, nn.Dropout(0.0, deterministic=True))
-    module = nn.Dropout(1e-9, deterministic=False)
-    slow = module.apply(
-        {}, q, k, v, rngs={"dropout": jax.random.key(0)},
-        method=lambda drop, *qkv: encoder.attend(*qkv, MASK, drop),
-    )  # fmt: skip
-    np.testing.assert_allclose(fused, slow, atol=1e-5)
 
 
 def test_bfloat16_policy(tiny):

@@ -11,10 +11,7 @@ from flora_jax import models
 from flora_jax.core.errors import ConfigError
 from flora_jax.core.paths import flatten, map_with_path
 from flora_jax.models import Llama, LlamaConfig, Rope
-from flora_jax.models import decoder_attention as attention
 from flora_jax.models.rope import rotate
-
-attend = partial(jax.jit, static_argnames="causal")(attention.attend)
 
 
 def random_params(model, seed=0):
@@ -48,49 +45,6 @@ def qkv(batch=2, length=7, heads=6, kv_heads=2, dim=8, keys=None):
     shape = (batch, keys or length, kv_heads, dim)
     q = jax.random.normal(a, (batch, length, heads, dim))
     return q, jax.random.normal(b, shape), jax.random.normal(c, shape)
-
-
-@pytest.mark.parametrize("kv_heads", [1, 2, 6])
-@pytest.mark.parametrize("causal", [True, False])
-def test_attend_equals_jax(kv_heads, causal):
-    q, k, v = qkv(kv_heads=kv_heads)
-    expected = jax.nn.dot_product_attention(q, k, v, is_causal=causal)
-    np.testing.assert_allclose(attend(q, k, v, causal=causal), expected, atol=2e-6)
-
-
-def test_attend_gradients_equal_jax():
-    args = qkv()
-
-    def gradients(f):
-        return jax.jit(jax.grad(lambda *a: (f(*a) ** 2).sum(), (0, 1, 2)))(*args)
-
-    ours = gradients(attention.attend)
-    theirs = gradients(partial(jax.nn.dot_product_attention, is_causal=True))
-    for a, b in zip(ours, theirs):
-        np.testing.assert_allclose(a, b, atol=2e-5)
-
-
-@pytest.mark.parametrize("window", [1, 3, 100])
-def test_attend_window_equals_dense_mask(window):
-    q, k, v = qkv()
-    i = np.arange(7)
-    gap = i[:, None] - i[None]
-    mask = jnp.asarray((gap >= 0) & (gap < window))[None, None]
-    expected = jax.nn.dot_product_attention(q, k, v, mask=mask)
-    for w in (window, jnp.int32(window)):
-        np.testing.assert_allclose(attend(q, k, v, window=w), expected, atol=2e-6)
-
-
-def test_attend_ignores_a_constant_added_to_all_keys():
-    q, k, v = qkv()
-    a, b = attend(q, k, v), attention.attend(q, k + 3.0, v)
-    np.testing.assert_allclose(a, b, atol=5e-5)
-
-
-def test_attend_gives_no_nan_to_a_row_without_keys():
-    q, k, v = qkv()
-    out = attend(q, k, v, q_positions=jnp.full((1, 7), -1))
-    assert np.isfinite(out).all()
 
 
 def test_rotation_scores_depend_on_distance_only():
