@@ -8,14 +8,16 @@ import flora_jax.adapters  # noqa: F401  fills the registry of methods
 import flora_jax.attention  # noqa: F401
 from flora_jax import config, data
 from flora_jax.core.registry import methods
-from flora_jax.launch import first_task, pretrained, small_text, students, subjects
+from flora_jax.launch import first_task, generators, pretrained, small_text, students, subjects
 from flora_jax.launch import train as train  # registers the entry point
 from flora_jax.models.conv import ConvNetConfig
+from flora_jax.models.diffusion import DDPM, FlowMatching
+from flora_jax.models.dit_config import DiTConfig
 from flora_jax.models.llama_config import LlamaConfig
 from flora_jax.models.mlp import MLPConfig
 from flora_jax.models.vit_config import ViTConfig
 from flora_jax.quant import Format
-from flora_jax.training import EarlyStopping, optim, schedules
+from flora_jax.training import Distillation, EarlyStopping, optim, schedules
 
 OPTIMIZERS = (optim.AdamW, optim.SGD, optim.Lion, optim.Adafactor, optim.Groups, optim.lora_plus)
 FAMILIES = ("adapter", "attention", "optimizer")  # registered methods that gin files name
@@ -47,6 +49,11 @@ MODELS = (
     MLPConfig,
     ConvNetConfig,
     ViTConfig,
+    generators.SmallGenerator,
+    DiTConfig,
+    DDPM,
+    FlowMatching,
+    Distillation,
     LlamaConfig,
     Format,
     EarlyStopping,

@@ -2,6 +2,9 @@
 
 from flora_jax.models.bert import Bert, BertConfig
 from flora_jax.models.conv import ConvNet, ConvNetConfig
+from flora_jax.models.diffusion import DDPM, FlowMatching
+from flora_jax.models.dit import DiT
+from flora_jax.models.dit_config import DiTConfig
 from flora_jax.models.llama import Llama
 from flora_jax.models.llama_config import LlamaConfig
 from flora_jax.models.mlp import MLP, MLPConfig
@@ -11,11 +14,15 @@ from flora_jax.models.vit import ViT
 from flora_jax.models.vit_config import ViTConfig
 
 __all__ = [
+    "DDPM",
     "MLP",
     "Bert",
     "BertConfig",
     "ConvNet",
     "ConvNetConfig",
+    "DiT",
+    "DiTConfig",
+    "FlowMatching",
     "Llama",
     "LlamaConfig",
     "MLPConfig",

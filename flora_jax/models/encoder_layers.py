@@ -112,6 +112,18 @@ class SelfAttention(nn.Module):
         return out.reshape(x.shape)
 
 
+class AttentionOutput(nn.Module):
+    """The projection after the heads, ``output/dense``: ``[B,T,D] -> [B,T,D]``."""
+
+    kernel_init: nn.initializers.Initializer
+    param_dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        how = {"param_dtype": self.param_dtype, "kernel_init": self.kernel_init}
+        return Dense(x.shape[-1], name="dense", **how)(x)
+
+
 def run_layers(
     block: type[nn.Module],
     length: int,

@@ -78,14 +78,6 @@ class _Embeddings(nn.Module):
         return ops.value(weight(self, name, init, shape, self.config.param_dtype))
 
 
-class _AttentionOutput(nn.Module):
-    config: ViTConfig
-
-    @nn.compact
-    def __call__(self, x):
-        return _dense(self.config, self.config.hidden_size, "dense")(x)
-
-
 class _Attention(nn.Module):
     config: ViTConfig
     mode: Mode
@@ -105,7 +97,8 @@ class _Attention(nn.Module):
             self.grid,
             name="attention",
         )
-        return _AttentionOutput(cfg, name="output")(heads(x, None))
+        init = encoder.kernel_init(cfg.initializer_range)
+        return encoder.AttentionOutput(init, cfg.param_dtype, name="output")(heads(x, None))
 
 
 class _MLP(nn.Module):

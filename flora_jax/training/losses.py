@@ -227,14 +227,14 @@ class Answers:
         return total, count(rows), {"nll": total, "accuracy": count(right)}
 
 
-def _inputs(batch: Mapping[str, Any], keys: tuple[str, ...]) -> list[Any]:
+def inputs_of(batch: Mapping[str, Any], keys: tuple[str, ...]) -> list[Any]:
     for key in keys:
         if key not in batch:
             raise ConfigError(unknown("batch key", key, batch))
     return [batch[key] for key in keys]
 
 
-def _weights(batch: Mapping[str, Any], like: jax.Array) -> jax.Array:
+def weights_of(batch: Mapping[str, Any], like: jax.Array) -> jax.Array:
     """Per-example weights ``[B]``: the batch's ``weight`` (0 for padding rows) or ones."""
     weight = batch.get("weight")
     return jnp.ones(like.shape[:1], jnp.float32) if weight is None else weight.astype(jnp.float32)
@@ -258,16 +258,16 @@ class Classification:
 
     def positions(self, batch: Mapping[str, Any], *, trained: bool) -> jax.Array:
         """1 where a row ``[B]``, or a token ``[B, T]`` of a masked text, is not padding."""
-        weight = (_weights(batch, batch[self.label]) > 0).astype(jnp.float32)
+        weight = (weights_of(batch, batch[self.label]) > 0).astype(jnp.float32)
         if "mask" not in self.inputs:
             return weight
         return batch["mask"].astype(jnp.float32) * weight[:, None]
 
     def __call__(self, bound, batch, rng, train) -> Sums:
         batch = with_prompt(bound, batch)
-        *inputs, labels = _inputs(batch, (*self.inputs, self.label))
+        *inputs, labels = inputs_of(batch, (*self.inputs, self.label))
         logits = self.model.apply({"params": bound}, *inputs)
-        weight = _weights(batch, labels)
+        weight = weights_of(batch, labels)
         loss, nll = token_losses(logits, labels, label_smoothing=self.label_smoothing)
         right = (jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32)
         aux = {"nll": jnp.sum(weight * nll), "accuracy": jnp.sum(weight * right)}
@@ -292,10 +292,10 @@ class Regression:
 
     def positions(self, batch: Mapping[str, Any], *, trained: bool) -> jax.Array:
         """1 where a row ``[B]`` is not padding."""
-        return (_weights(batch, batch[self.target]) > 0).astype(jnp.float32)
+        return (weights_of(batch, batch[self.target]) > 0).astype(jnp.float32)
 
     def __call__(self, bound, batch, rng, train) -> Sums:
-        *inputs, target = _inputs(batch, (*self.inputs, self.target))
+        *inputs, target = inputs_of(batch, (*self.inputs, self.target))
         y = self.model.apply({"params": bound}, *inputs).astype(jnp.float32)
         if y.size != target.size:
             raise ConfigError(
@@ -306,7 +306,7 @@ class Regression:
         if self.huber is not None:
             size = jnp.abs(error)
             each = jnp.where(size <= self.huber, 0.5 * each, self.huber * (size - 0.5 * self.huber))
-        weight = _weights(batch, y)
+        weight = weights_of(batch, y)
         rows = each.reshape(each.shape[0], -1)
         absolute = jnp.mean(jnp.abs(error).reshape(rows.shape), axis=1)
         aux = {"mae": jnp.sum(weight * absolute)}
