@@ -1,0 +1,115 @@
+"""The arithmetic of one tile, the same for every backend; tested on its own.
+
+No gather, no interleave: shifts, conversions and products of contiguous slices only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from flora_jax.core.errors import ConfigError, unknown
+
+ACTIVATIONS = {"relu": jax.nn.relu, "silu": jax.nn.silu, "gelu": jax.nn.gelu}
+PLACEMENTS = ("partial", "weight")
+"""Where a group's scale goes: on the float32 product of its codes, or on the weight, which is then
+rounded to the dtype of x."""
+
+
+def nibbles(packed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int8 bytes to the signed low and high nibbles, int32."""
+    wide = packed.astype(jnp.int32)
+    return (wide << 28) >> 28, wide >> 4
+
+
+def dot(x: jax.Array, w: jax.Array, *, transpose: bool = False) -> jax.Array:
+    """``x @ w`` (``x @ w.T``): int32 of int8, else float32; exact products of float32."""
+    dims = (((1,), (1 if transpose else 0,)), ((), ()))
+    integer = jnp.issubdtype(x.dtype, jnp.integer)
+    precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    wide = jnp.int32 if integer else jnp.float32
+    return lax.dot_general(x, w, dims, precision=precision, preferred_element_type=wide)
+
+
+def product(
+    x: jax.Array,
+    codes: jax.Array,
+    scale: jax.Array,
+    zero: jax.Array | None,
+    *,
+    placement: str = "partial",
+) -> jax.Array:
+    """``x [m, k]`` with codes ``[k, n]`` of the groups that the rows of ``scale [G, n]`` give.
+
+    Returns:
+      ``[m, n]`` float32. ``partial``: sum over groups of ``s_g (x_g (q_g - z_g))``, the inner
+      product of x with integers that x's dtype holds exactly; int8 x: exact int32. ``weight``:
+      ``x w`` with ``w = (q - z) s`` rounded to x's dtype.
+    """
+    if placement == "weight":
+        return dot(x, weights(codes, scale, zero, x.dtype))
+    groups = scale.shape[0]
+    size = codes.shape[0] // groups
+    total = None
+    for g in range(groups):
+        part = slice(g * size, (g + 1) * size)
+        offset = None if zero is None else zero[g : g + 1]
+        y = group_product(x[:, part], codes[part], offset) * scale[g : g + 1]
+        total = y if total is None else total + y
+    return total
+
+
+def group_product(x: jax.Array, codes: jax.Array, zero: jax.Array | None) -> jax.Array:
+    """``x (q - z)`` of one group, float32; ``zero [1, n]``."""
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        if zero is not None:
+            codes = codes.astype(jnp.int32) - zero.astype(jnp.int32)
+        return dot(x, as_float(codes, x.dtype))
+    y = dot(x, codes.astype(jnp.int8))
+    if zero is not None:
+        y = y - jnp.sum(x.astype(jnp.int32), axis=1, keepdims=True) * zero.astype(jnp.int32)
+    return y.astype(jnp.float32)
+
+
+def weights(codes: jax.Array, scale: jax.Array, zero: jax.Array | None, dtype: Any) -> jax.Array:
+    """``(q - z) s``, computed in float32, rounded to ``dtype``."""
+    (k, n), groups = codes.shape, scale.shape[0]
+    wide = codes.astype(jnp.float32)
+    if groups == 1:
+        wide = wide if zero is None else wide - zero.astype(jnp.float32)
+        return (wide * scale).astype(dtype)
+    wide = wide.reshape(groups, k // groups, n)
+    if zero is not None:
+        wide = wide - zero.astype(jnp.float32)[:, None, :]
+    return (wide * scale[:, None, :]).reshape(k, n).astype(dtype)
+
+
+def as_float(codes: jax.Array, dtype: Any) -> jax.Array:
+    """Codes in the dtype of x, through float32: narrower conversions do not exist everywhere."""
+    return codes.astype(jnp.float32).astype(dtype)
+
+
+def finish(
+    y: jax.Array,
+    x_scale: jax.Array | None,
+    bias: jax.Array | None,
+    activation: str | None,
+    dtype: Any,
+) -> jax.Array:
+    """``activation(y x_scale + bias)`` in ``dtype``; x_scale ``[m, 1]``, bias ``[1, n]``."""
+    if x_scale is not None:
+        y = y * x_scale
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    if activation is not None:
+        y = activate(y, activation)
+    return y.astype(dtype)
+
+
+def activate(y: jax.Array, name: str) -> jax.Array:
+    if name not in ACTIVATIONS:
+        raise ConfigError(unknown("activation", name, ACTIVATIONS))
+    return ACTIVATIONS[name](y)
