@@ -1,6 +1,5 @@
 """VLoRA: the generator, skipped layers, counts, decoding with weights made once, a mesh step."""
 
-import os
 import subprocess
 import sys
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import simulated
 
 import flora_jax as flora
 from flora_jax import training
@@ -201,9 +201,8 @@ def test_decoding_generates_the_weights_once(llama, monkeypatch):
 
 
 def test_a_step_on_eight_devices_is_that_of_one():
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, __file__]
-    subprocess.run(command, env=os.environ | flags, check=True, timeout=300)
+    subprocess.run(command, env=simulated(8), check=True, timeout=300)
 
 
 def step_on_a_mesh():

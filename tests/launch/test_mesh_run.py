@@ -1,11 +1,11 @@
 """``flora train`` itself on 8 simulated devices, and stopping early."""
 
 import json
-import os
 import subprocess
 import sys
 
 import pytest
+from processes import simulated
 
 MESH = [
     "--gin.train.mesh={'data': 2, 'fsdp': 2, 'tensor': 2}",
@@ -15,12 +15,8 @@ MESH = [
 
 
 def flora(folder, *words, devices=1):
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-    }
     command = [sys.executable, "-m", "flora_jax", "train", *words]
+    environment = simulated(devices)
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 

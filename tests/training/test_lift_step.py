@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import simulated
 from training_fixtures import Stream, language_model
 
 import flora_jax as flora
@@ -118,12 +119,7 @@ print("same")
 
 
 def test_eight_devices_train_the_same_entries():
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.path.dirname(__file__),
-    }
+    environment = simulated(8, os.path.dirname(__file__))
     done = subprocess.run(
         [sys.executable, "-c", MESH], env=environment, capture_output=True, text=True
     )

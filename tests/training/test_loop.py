@@ -1,7 +1,6 @@
 """The loop in processes of its own: kill and resume, SIGTERM, many devices, many processes."""
 
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -11,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from processes import simulated
 
 from flora_jax.training import RunDir
 
@@ -19,12 +19,9 @@ SCRIPT = HERE / "fit_script.py"
 RUN = {"steps": 10, "log_every": 1, "save_every": 5, "eval_every": 4, "progress": False}
 
 
-def start(folder, flags="", **options):
+def start(folder, devices=1, **options):
     env = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": str(HERE.parents[1]),
-        "XLA_FLAGS": flags,
+        **simulated(devices, HERE.parents[1]),
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -90,8 +87,7 @@ def assert_same_curve(folder, straight):
 
 def test_eight_devices_give_the_same_curve_and_one_goes_on(straight, tmp_path):
     mesh = {"data": 2, "fsdp": 2, "tensor": 2}
-    flags = "--xla_force_host_platform_device_count=8"
-    out = finish(start(tmp_path / "run", flags, mesh=mesh))
+    out = finish(start(tmp_path / "run", 8, mesh=mesh))
     assert "{'a': (None, 'fsdp', None), 'b': (None, None, 'tensor')}" in out
     assert_same_curve(tmp_path / "run", straight)
     assert "ended done 12" in finish(start(tmp_path / "run", steps=12))
@@ -101,9 +97,8 @@ def test_two_processes_give_the_same_curve(straight, tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    flags = "--xla_force_host_platform_device_count=2"
     common = {"mesh": {"data": 2, "tensor": 2}, "processes": 2, "port": port}
-    both = [start(tmp_path / "run", flags, process=i, **common) for i in range(2)]
+    both = [start(tmp_path / "run", 2, process=i, **common) for i in range(2)]
     for process in both:
         finish(process)
     assert_same_curve(tmp_path / "run", straight)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from processes import simulated
 from training_fixtures import Stream, language_model
 
 import flora_jax as flora
@@ -296,12 +297,7 @@ print("same")
 
 
 def test_members_spread_over_a_mesh(tmp_path):
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.path.dirname(__file__),
-    }
+    environment = simulated(8, os.path.dirname(__file__))
     command = [sys.executable, "-c", MESH, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
