@@ -1,5 +1,8 @@
 """Combining LoRAs against PEFT's add_weighted_adapter on the same model."""
 
+import copy
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,37 +21,25 @@ TARGETS = ["q_proj", "down_proj"]
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair(tiny_llama, tmp_path_factory):
     """A PEFT model with two random LoRAs; our base, plans and trees of the same."""
     folder = tmp_path_factory.mktemp("combine")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=40,
-    )
-    hf = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for p in hf.parameters():
-            p.add_(0.2 * torch.randn_like(p))
-    hf.save_pretrained(folder / "model")
+    one = tiny_llama()
+    torch.manual_seed(1)
     made = [peft.LoraConfig(r=r, lora_alpha=a, target_modules=TARGETS) for r, a in ((2, 3), (3, 7))]
-    wrapped = peft.get_peft_model(hf, made[0], adapter_name="x")
+    wrapped = peft.get_peft_model(copy.deepcopy(one.hf), made[0], adapter_name="x")
     wrapped.add_adapter("y", made[1])
     with torch.no_grad():
         for name, p in wrapped.named_parameters():
             if "lora_" in name:
                 p.add_(0.2 * torch.randn_like(p))
     wrapped.save_pretrained(folder)
-    model, params = io.load_hf(folder / "model")
+    model, params = one.model, one.params
     loaded = {name: io.load_peft(folder / name, params, model) for name in ("x", "y")}
     plans = {name: plan for name, (plan, _) in loaded.items()}
     trees = {name: tree for name, (_, tree) in loaded.items()}
-    apply = lambda tree: np.asarray(model.apply({"params": tree}, jnp.asarray(IDS))[0])
-    return wrapped.eval(), params, plans, trees, apply
+    apply = jax.jit(lambda tree: model.apply({"params": tree}, jnp.asarray(IDS))[0])
+    return wrapped.eval(), params, plans, trees, lambda tree: np.asarray(apply(tree))
 
 
 def theirs(wrapped, name, **options):

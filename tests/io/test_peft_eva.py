@@ -22,24 +22,11 @@ RANK = 4
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def base(tiny_llama):
     """A transformers Llama, ours of the same weights, and the mask of real tokens."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=40,
-        initializer_range=0.3,
-    )
-    hf = transformers.LlamaForCausalLM(config).eval()
-    folder = tmp_path_factory.mktemp("llama")
-    hf.save_pretrained(folder)
-    model, params = io.load_hf(folder)
+    one = tiny_llama()
     mask = np.arange(12) < np.array([12, 9, 12, 7, 12, 12, 5, 12])[:, None]
-    return hf, model, params, mask
+    return one.hf, one.model, one.params, mask
 
 
 @pytest.fixture(scope="module")

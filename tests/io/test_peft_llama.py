@@ -27,24 +27,8 @@ ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 class Pair:
     """A transformers Llama and ours with the same weights."""
 
-    def __init__(self, folder, *, tied=False, **options):
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=40,
-            attention_bias=True,
-            tie_word_embeddings=tied,
-        )
-        self.hf = transformers.LlamaForCausalLM(config).eval()
-        with torch.no_grad():
-            for p in self.hf.parameters():
-                p.add_(0.2 * torch.randn_like(p))
-        self.hf.save_pretrained(folder)
-        self.model, self.params = io.load_hf(folder, **options)
+    def __init__(self, one):
+        self.hf, self.model, self.params = one.hf, one.model, one.params
         self.apply = jax.jit(lambda p: self.model.apply({"params": p}, jnp.asarray(IDS))[0])
 
     def wrap(self, config):
@@ -83,13 +67,13 @@ def logits(model):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
-    return Pair(tmp_path_factory.mktemp("llama"))
+def pair(tiny_llama):
+    return Pair(tiny_llama())
 
 
 @pytest.fixture(scope="module")
-def tied(tmp_path_factory):
-    return Pair(tmp_path_factory.mktemp("tied"), tied=True)
+def tied(tiny_llama):
+    return Pair(tiny_llama(tie_word_embeddings=True))
 
 
 def lora(**kw):
