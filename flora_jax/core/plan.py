@@ -20,13 +20,13 @@ from flora_jax.core.errors import FloraError, PlanError, StructureError
 from flora_jax.core.leaf import is_leaf
 from flora_jax.core.observe import statistic_shape
 from flora_jax.core.registry import name_of
-from flora_jax.core.spec import KernelSpec, infer
+from flora_jax.core.spec import KernelSpec, Stored, infer
 
 Shapes = tuple[tuple[str, tuple[int, ...], str], ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Entry:
+class Entry(Stored):
     """One adapted weight: its path, adapter, layout and the arrays the adapter owns."""
 
     path: str
@@ -36,16 +36,6 @@ class Entry:
     dtype: str
     train: Shapes
     frozen: Shapes
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        """Leading scan axes of the stored weight."""
-        return self.spec.stack_shape(self.shape)
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        """The unstacked shape."""
-        return self.shape[len(self.stack) :]
 
     @property
     def count(self) -> int:

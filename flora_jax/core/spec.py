@@ -179,6 +179,23 @@ class KernelSpec:
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
 
 
+class Stored:
+    """What has a stored shape and the spec that cuts it: Entry of a plan, Layout of LIFT."""
+
+    spec: KernelSpec
+    shape: tuple[int, ...]
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """Leading scan axes of the stored weight."""
+        return self.spec.stack_shape(self.shape)
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """The unstacked shape."""
+        return self.shape[len(self.stack) :]
+
+
 def split_equation(equation: str) -> tuple[str, str, str]:
     """``(x, kernel, y)`` letters of an einsum string; ``...`` may stand for leading axes of x, y.
 

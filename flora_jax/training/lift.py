@@ -16,7 +16,7 @@ from flora_jax.core.adapter import PRNG
 from flora_jax.core.errors import ConfigError, PlanError
 from flora_jax.core.initialize import over_stack, path_keys
 from flora_jax.core.registry import register
-from flora_jax.core.spec import KernelSpec, infer
+from flora_jax.core.spec import KernelSpec, Stored, infer
 from flora_jax.training.optim import Optimizer
 
 SCORES = ("lowrank", "magnitude", "random", "gradient")
@@ -37,21 +37,13 @@ class LIFTState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class Layout(Stored):
     """How a trained array is cut into matrices, and how many entries of each one are trained."""
 
     path: str
     spec: KernelSpec
     shape: tuple[int, ...]
     k: int
-
-    @property
-    def stack(self) -> tuple[int, ...]:
-        return self.spec.stack_shape(self.shape)
-
-    @property
-    def kernel_shape(self) -> tuple[int, ...]:
-        return self.shape[len(self.stack) :]
 
     @property
     def matrices(self) -> int:
