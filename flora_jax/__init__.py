@@ -60,9 +60,13 @@ __version__ = "0.1.0"
 
 # Submodules that need more than jax and numpy: imported when first named.
 _LAZY = ("io", "linen", "nnx", "models", "data", "training", "evaluation", "config")
+# Functions of such modules.
+_FUNCTIONS = {"convert_attention": "models.convert", "graft": "models.convert"}
 
 
 def __getattr__(name: str) -> _Any:
+    if name in _FUNCTIONS:
+        return getattr(_importlib.import_module(f"flora_jax.{_FUNCTIONS[name]}"), name)
     if name in _LAZY:
         return _importlib.import_module(f"flora_jax.{name}")
     raise AttributeError(f"module 'flora_jax' has no attribute {name!r}")

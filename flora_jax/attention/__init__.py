@@ -1,5 +1,9 @@
 """Attention variants behind one function; they know no module system."""
 
+from flora_jax.attention.distil import Distil as Distil
+from flora_jax.attention.hedgehog import Hedgehog as Hedgehog
+from flora_jax.attention.hedgehog import LoLCATs as LoLCATs
+from flora_jax.attention.linear import LinearAttention as LinearAttention
 from flora_jax.attention.masks import Causal as Causal
 from flora_jax.attention.masks import Full as Full
 from flora_jax.attention.masks import Mask as Mask

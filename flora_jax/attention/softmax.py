@@ -9,14 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.attention import cache
+from flora_jax.attention.chunked import chunked
 from flora_jax.attention.masks import CAUSAL, Mask, Sliding, visible
-from flora_jax.attention.types import ANY_MASK, Call, Dropout, Sizes, Variant
+from flora_jax.attention.types import ANY_MASK, NO_SEGMENT, Call, Dropout, Sizes, Variant
+from flora_jax.attention.window import BLOCK, MASKED, windowed
 from flora_jax.core.errors import ConfigError, unknown
 from flora_jax.core.registry import register
 
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-"""Score of a key that may not be seen: finite, so that a row without keys gives no NaN."""
-IMPLEMENTATIONS = ("grouped", "jax")
+IMPLEMENTATIONS = ("grouped", "jax", "chunked")
 
 
 @register(
@@ -34,8 +34,9 @@ class Softmax(Variant):
     :class:`Sliding` mask. A query without keys gives 0.
 
     Args:
-      implementation: ``grouped`` (see :func:`grouped`), or ``jax`` for
-        ``jax.nn.dot_product_attention``, which takes no dropout.
+      implementation: ``grouped`` (see :func:`grouped`); ``chunked``, which never holds T x S
+        scores; or ``jax`` for ``jax.nn.dot_product_attention``. The last two take no dropout.
+      chunk: queries and keys of a block of ``chunked``.
 
     >>> x = jnp.ones((1, 3, 4, 8))
     >>> Softmax().attend({}, x, x[:, :, :2], x[:, :, :2])[0].shape
@@ -46,6 +47,7 @@ class Softmax(Variant):
     takes: ClassVar = ("segment_ids", "valid", "prefix", "dropout", "scale")
 
     implementation: str = "grouped"
+    chunk: int = 128
 
     def __post_init__(self):
         if self.implementation not in IMPLEMENTATIONS:
@@ -60,6 +62,8 @@ class Softmax(Variant):
         return cache.init_cache(sizes, batch, slots, dtype)
 
     def whole(self, params, q, k, v, call):
+        if self._in_blocks(q.shape[1], call):
+            return _in_window(q, k, v, call)
         places = jnp.arange(q.shape[1])[None]
         return self._core(q, k, v, call, places, places, call.valid, call.segment_ids)
 
@@ -83,7 +87,39 @@ class Softmax(Variant):
         there = jnp.concatenate([before >= 0, there], axis=1)
         return self._core(q, k, v, call, positions, places, there), new
 
+    def _chunked(self, q, k, v, call: Call, where: dict[str, jax.Array | None]):
+        scale = q.shape[-1] ** -0.5 if call.scale is None else call.scale
+        ordered = call.mode == "train" and call.prefix is None
+        if call.prefix is not None:
+            count = call.prefix.k.shape[1]
+            k, v = cache.join(call.prefix, k, v)
+            behind = lambda x, value=0: jnp.pad(
+                x, [(0, 0), (count, 0)], constant_values=value
+            )
+            valid = where["valid"]
+            valid = jnp.ones((1, k.shape[1] - count), bool) if valid is None else valid
+            on = jnp.ones((1, count), bool) if call.prefix.on is None else call.prefix.on
+            where["k_positions"] = behind(where["k_positions"])
+            where["valid"] = behind(valid, 0)
+            where["always"] = jnp.pad(on, [(0, 0), (0, valid.shape[1])])
+            if where["k_segments"] is not None:
+                where["k_segments"] = behind(where["k_segments"])
+        how = {"scale": scale, "chunk": self.chunk, "ordered": ordered}
+        return chunked(q, k, v, call.mask, where, **how)
+
+    def _in_blocks(self, length: int, call: Call) -> bool:
+        """Whether blocks of a window touch fewer keys than all pairs do."""
+        window = call.mask.window if isinstance(call.mask, Sliding) else None
+        plain = self.implementation == "grouped" and call.prefix is None and call.dropout is None
+        return plain and isinstance(window, int) and length > 2 * max(window, BLOCK)
+
     def _core(self, q, k, v, call: Call, q_places, k_places, valid=None, segments=None):
+        if self.implementation != "grouped" and call.dropout is not None:
+            raise ConfigError(f"Softmax(implementation={self.implementation!r}) takes no dropout")
+        if self.implementation == "chunked":
+            where = {"q_positions": q_places, "k_positions": k_places, "valid": valid}
+            where |= {"q_segments": segments, "k_segments": segments}
+            return self._chunked(q, k, v, call, where)
         mask = visible(
             call.mask, q_places, k_places, q_segments=segments, k_segments=segments, valid=valid
         )
@@ -93,10 +129,28 @@ class Softmax(Variant):
         if mask is not None and mask.ndim == 2:
             mask = mask[:, None]
         if self.implementation == "jax":
-            if call.dropout is not None:
-                raise ConfigError("Softmax(implementation='jax') takes no dropout")
             return _jax(q, k, v, mask, call.scale)
         return grouped(q, k, v, mask, scale=call.scale, dropout=call.dropout)
+
+
+def _in_window(q: jax.Array, k: jax.Array, v: jax.Array, call: Call) -> jax.Array:
+    before = [(0, 0), (call.mask.window, 0)]
+    fill = lambda x, value=0: jnp.pad(
+        x, before + [(0, 0)] * (x.ndim - 2), constant_values=value
+    )
+    valid = jnp.ones(q.shape[:2], bool) if call.valid is None else call.valid.astype(bool)
+    segments = call.segment_ids
+    out, total, _ = windowed(
+        q,
+        fill(k),
+        fill(v),
+        call.mask.window,
+        there=fill(valid, False),
+        q_segments=segments,
+        k_segments=None if segments is None else fill(segments, NO_SEGMENT),
+        scale=call.scale,
+    )
+    return (out / jnp.where(total > 0, total, 1)[..., None]).astype(q.dtype)
 
 
 def _same(window: Any, slots: int) -> bool:

@@ -21,6 +21,8 @@ from flora_jax.core.errors import ConfigError, unknown
 from flora_jax.core.registry import lookup, name_of
 
 MODES = ("train", "prefill", "decode")
+NO_SEGMENT = -2
+"""Segment of a place before a row's first token."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,6 +141,10 @@ class Variant:
         """Attention over whole sequences: ``[B, T, N, H]`` in q's dtype."""
         raise NotImplementedError
 
+    def report(self, params: Any, q: jax.Array, k: jax.Array, v: jax.Array, call: Call) -> Any:
+        """What a training loss may want to know of the layer, besides its output; None for most."""
+        return None
+
     def extend(
         self, params: Any, q: jax.Array, k: jax.Array, v: jax.Array, state: Any, call: Call
     ) -> tuple[jax.Array, Any]:
@@ -163,7 +169,7 @@ class Variant:
         dropout: Dropout | None = None,
         inputs: Inputs | None = None,
     ) -> tuple[jax.Array, Any]:
-        """``(out [B, T, N, H], new state)``; the state is None in training.
+        """``(out [B, T, N, H], new state)``; in training the :meth:`report` in the state's place.
 
         Args:
           params: of :meth:`init`.
@@ -199,7 +205,7 @@ class Variant:
         )
         self._check_call(call, state)
         if mode == "train":
-            return self.whole(params, q, k, v, call), None
+            return self.whole(params, q, k, v, call), self.report(params, q, k, v, call)
         return self.extend(params, q, k, v, state, call)
 
     def _check_call(self, call: Call, state: Any) -> None:
@@ -208,18 +214,18 @@ class Variant:
             raise ConfigError(unknown("mode", call.mode, MODES))
         if not isinstance(call.mask, self.masks):
             known = ", ".join(m.__name__ for m in self.masks)
-            raise ConfigError(f"{name} attention takes {known} masks, not {call.mask}")
+            raise ConfigError(f"{name} takes {known} masks, not {call.mask}")
         for option in ("segment_ids", "valid", "prefix", "dropout", "scale"):
             given = getattr(call, option) is not None
             if given and option not in self.takes and (option, call.mode) not in _STATE_NEEDS:
-                raise ConfigError(f"{name} attention is not defined with {option}")
+                raise ConfigError(f"{name} is not defined with {option}")
         for field in self.needs:
             if getattr(call.inputs, field, None) is None:
-                raise ConfigError(f"{name} attention reads the layer's {field}: give inputs")
+                raise ConfigError(f"{name} reads the layer's {field}: give inputs")
         if call.mode == "train":
             return
         if not self.generates:
-            raise ConfigError(f"{name} attention has no state: it cannot generate")
+            raise ConfigError(f"{name} has no state: it cannot generate")
         if state is None or call.positions is None:
             raise ConfigError(f"mode={call.mode!r} needs a state and positions")
         if call.segment_ids is not None:
@@ -227,7 +233,9 @@ class Variant:
 
     def to_json(self) -> dict[str, Any]:
         """``{"method": name, field: value ...}`` with every field."""
-        return {"method": name_of(self), **dataclasses.asdict(self)}
+        plain = lambda value: value.to_json() if isinstance(value, Variant) else value
+        fields = {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {"method": name_of(self), **fields}
 
 
 _STATE_NEEDS = (("valid", "prefill"), ("valid", "decode"))
@@ -246,4 +254,10 @@ def from_json(data: Mapping[str, Any]) -> Variant:
     for name in fields:
         if name not in known:
             raise ConfigError(f"{cls.__name__}: " + unknown("field", name, known))
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+    return cls(**{name: _field(value) for name, value in fields.items()})
+
+
+def _field(value: Any) -> Any:
+    if isinstance(value, Mapping) and "method" in value:
+        return from_json(value)
+    return tuple(value) if isinstance(value, list) else value

@@ -23,6 +23,7 @@ def _bert(body: str) -> tuple[Rule, ...]:
         *_affine("classifier", "classifier"),
         Rule(r"embeddings/(.+)/embedding", rf"{body}embeddings.\1.weight"),
         *_affine("embeddings/LayerNorm", f"{body}embeddings.LayerNorm"),
+        Rule(r"layers/(attention/self/attention/.+)", rf"{body}encoder.layer.{{layer}}.\1"),
         *_affine(r"layers/(.+)", rf"{body}encoder.layer.{{layer}}.\1"),
         *_affine("pooler/dense", f"{body}pooler.dense"),
     )
@@ -37,6 +38,7 @@ def _vit(body: str, *layer_names: tuple[str, str]) -> tuple[Rule, ...]:
         Rule("embeddings/patch_embeddings/projection/kernel", f"{patches}.weight", OIHW),
         Rule("embeddings/patch_embeddings/projection/bias", f"{patches}.bias"),
         Rule(r"embeddings/(\w+)", rf"{body}embeddings.\1"),
+        Rule(r"layers/(attention/attention/attention/.+)", rf"{layer}.\1"),
         *renamed,
         Rule(r"layers/(layer_scale\d/lambda1)", rf"{layer}.\1"),
         *_affine(r"layers/(.+)", rf"{layer}.\1"),

@@ -23,6 +23,7 @@ LLAMA = register(
     table=NameMap(
         rules=(
             Rule("embed_tokens/embedding", "model.embed_tokens.weight"),
+            Rule(r"layers/(self_attn/attention/.+)", r"model.layers.{layer}.\1"),
             Rule(r"layers/(.+)/kernel", r"model.layers.{layer}.\1.weight", OUT_IN),
             Rule(r"layers/(.+)/bias", r"model.layers.{layer}.\1.bias"),
             Rule(r"layers/(.+)/scale", r"model.layers.{layer}.\1.weight"),

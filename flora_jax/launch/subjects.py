@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import flax.linen as nn
 import jax
 
 from flora_jax import io
+from flora_jax.attention import Distil, Variant
 from flora_jax.core.errors import ConfigError
 from flora_jax.launch import native
 from flora_jax.models import heads
-from flora_jax.training.losses import CausalLM, Classification, Loss
+from flora_jax.models.convert import convert_attention
+from flora_jax.training.losses import CausalLM, Classification, Distillation, Loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,19 +88,43 @@ class LanguageModel(Source):
       layers: use only the first so many blocks (for trials on a small machine).
       remat: what is recomputed in the backward pass: ``dots`` all but matrix products (less memory
         than ``none`` and, on a CPU, no slower), ``full`` whole blocks, ``none``.
+      attention: converted to this variant (``flora_jax.convert_attention``). ``Distil`` makes the
+        run a distillation of its student.
+      attention_seed: of the parameters that are new.
+      mse: of a distillation: weight of the heads' outputs' squared error, see
+        ``training.losses.Distillation``.
+      xent: of a distillation: weight of the attention weights' cross-entropy.
     """
 
     source: str = "smollm2-135m"
     dtype: str = "float32"
     layers: int | None = None
     remat: str = "dots"
+    attention: Variant | None = None
+    attention_seed: int = 0
+    mse: float = 0.0
+    xent: float = 1.0
 
     def load(self, data, folder=None):
         model, params, tokenizer = open_model(self.source, self.dtype, {"remat": self.remat})
         if self.layers is not None:
             model, params = first_layers(model, params, self.layers)
+        if self.attention is not None:
+            key = jax.random.key(self.attention_seed)
+            model, params, report = convert_attention(params, model, to=self.attention, key=key)
+            print(report, file=sys.stderr)
+        if isinstance(model.config.attention, Distil):
+            loss = Distillation(model=model, xent=self.xent, mse=self.mse)
+            return DistilledSubject(model, params, loss, self.source, tokenizer, generates=True)
         loss = CausalLM(model=model)
         return Subject(model, params, loss, self.source, tokenizer, generates=True)
+
+
+class DistilledSubject(Subject):
+    """A language model that is judged by how well the students of its attention follow it."""
+
+    def figures(self, means):
+        return {name: means[name] for name in ("xent", "mse")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

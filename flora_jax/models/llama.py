@@ -194,6 +194,7 @@ class Llama(nn.Module):
             cache ends.
           segment_ids: ``[B, T]`` of packed sequences; a token sees its own segment and segment -1.
           cache: of :meth:`init_cache`, the state of the attention; returned with these tokens.
+            Without one, the second result is what the layers' attention has to report, if at all.
           output: ``hidden`` stops before the head (see :meth:`head`).
           valid: ``[B, T]``, false for padding, which does not enter the cache: with a cache at the
             end of a row.
@@ -239,7 +240,7 @@ class Llama(nn.Module):
         for i, layer in enumerate(self.layers):
             x, one = layer(x, jax.tree.map(lambda a, i=i: a[i], cache), c.windows[i], shared)
             new.append(one)
-        return x, None if cache is None else jax.tree.map(lambda *a: jnp.stack(a), *new)
+        return x, jax.tree.map(lambda *a: jnp.stack(a), *new)
 
     def head(self, hidden: jax.Array) -> jax.Array:
         """``hidden [..., D] -> logits [..., V]``."""

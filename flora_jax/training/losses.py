@@ -227,6 +227,41 @@ class Answers:
         return total, count(rows), {"nll": total, "accuracy": count(right)}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """How far linear attention is from softmax: ``sum xent_weight xent + mse_weight mse``.
+
+    Means over layers, heads and tokens; padding (segment 0) does not count.
+
+    Args:
+      model: a decoder whose attention is ``flora_jax.attention.Distil``.
+      xent: weight of the cross-entropy of the attention weights; Hedgehog's loss is this alone.
+      mse: weight of the heads' outputs' squared error; LoLCATs recommends 1000 with xent 0.
+    """
+
+    model: Any
+    xent: float = 1.0
+    mse: float = 0.0
+
+    def __call__(self, bound, batch, rng, train) -> Sums:
+        _, report = self.model.apply(
+            {"params": bound},
+            batch["tokens"],
+            positions=batch.get("positions"),
+            segment_ids=batch.get("segment_ids"),
+            output="hidden",
+        )
+        if report is None:
+            raise ConfigError("Distillation needs a model with attention=Distil(student=...)")
+        segments = batch.get("segment_ids")
+        real = jnp.ones(batch["tokens"].shape, bool) if segments is None else segments != 0
+        sums = {
+            name: jnp.where(real, each.mean(axis=0), 0).sum() for name, each in report.items()
+        }
+        loss = self.xent * sums["xent"] + self.mse * sums["mse"]
+        return loss, real.sum().astype(jnp.float32), sums
+
+
 def inputs_of(batch: Mapping[str, Any], keys: tuple[str, ...]) -> list[Any]:
     for key in keys:
         if key not in batch:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[2]
 FILES = sorted(p for name in ("configs", "experiments") for p in (ROOT / name).rglob("*.gin"))
 RUNS = sorted((ROOT / "configs" / "runs").glob("*.gin"))
 OPTIMIZERS = sorted((ROOT / "configs" / "optimizers").glob("*.gin"))
+ATTENTION = sorted((ROOT / "configs" / "attention").glob("*.gin"))
 SWEEPS = sorted(p.parent for p in (ROOT / "experiments").glob("*/sweep.py"))
 
 
@@ -65,6 +66,16 @@ def test_an_optimizer_over_its_run_uses_every_binding(path):
     optimizer = config.load([ROOT / "configs" / run, path]).arguments("train")["optimizer"]
     used = [o for _, o in getattr(optimizer, "rules", [("", optimizer)])]
     assert path.stem in {type(o).__name__.lower() for o in used}
+
+
+@pytest.mark.parametrize("path", ATTENTION, ids=name)
+def test_an_attention_over_its_run_uses_every_binding(path):
+    """The header's commands: ``--gin_file=RUN --gin_file=attention/NAME.gin``."""
+    catalogue.register_all()
+    command = rf"--gin_file=(runs/\w+.gin) --gin_file=attention/{path.name}"
+    run, *_ = re.findall(command, path.read_text())
+    model = config.load([ROOT / "configs" / run, path]).arguments("train")["model"]
+    assert type(model.config.attention).__name__.lower().startswith(path.stem.split("_")[0])
 
 
 @pytest.mark.parametrize("folder", SWEEPS, ids=lambda p: p.name)
