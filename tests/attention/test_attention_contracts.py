@@ -113,22 +113,23 @@ def test_segments_do_not_see_each_other(name):
     params = params_of(case)
     lengths = (2, 7, 4)
     segments = jnp.repeat(jnp.asarray([3, 1, 2]), jnp.asarray(lengths), total_repeat_length=T)[None]
-    run = jax.jit(lambda t, s: attend(case, params, t, segment_ids=s)[0])
-    packed = run(tokens, segments)
-    low = 0
-    for n in lengths:
-        part = cut(tokens, low, low + n)
-        # The rotation of a part starts where it lies in the packed row.
-        close(packed[:, low : low + n], attend(case, params, part, start=low)[0])
-        low += n
-    # What stands in segment -1 is seen by all.
     shared = jnp.where(segments == 3, -1, segments)
-    out = run(tokens, shared)
-    both = cut(tokens, 0, 9)
-    close(out[:, :9], attend(case, params, both)[0])
-    assert np.abs(out[:, 9:] - packed[:, 9:]).max() > 1e-3 or isinstance(
-        case.mask, attention.Sliding
-    )
+    # The rotation of a part starts where it lies in the packed row.
+    alone = lambda t, low, high: attend(case, params, cut(t, low, high), start=low)[0]
+
+    @jax.jit
+    def everything(tokens):
+        packed = attend(case, params, tokens, segment_ids=segments)[0]
+        parts = [alone(tokens, low, high) for low, high in ((0, 2), (2, 9), (9, T))]
+        seen = attend(case, params, tokens, segment_ids=shared)[0]
+        return packed, jnp.concatenate(parts, axis=1), seen, alone(tokens, 0, 9)
+
+    packed, parts, seen, both = everything(tokens)
+    close(packed, parts)
+    # What stands in segment -1 is seen by all.
+    close(seen[:, :9], both)
+    if not isinstance(case.mask, attention.Sliding):
+        assert np.abs(seen[:, 9:] - packed[:, 9:]).max() > 1e-3
 
 
 @pytest.mark.parametrize("name", takes("valid"))
@@ -140,13 +141,19 @@ def test_padding_is_not_seen(name):
     mask = Full() if bidirectional else case.mask
     pads = slice(9, None) if bidirectional else slice(0, 4)
     valid = jnp.ones((2, T), bool).at[:, pads].set(False)
-    run = jax.jit(lambda t: attend(case, params, t, mask=mask, valid=valid)[0])
-    wild = {n: x.at[:, pads].multiply(7.0) for n, x in tokens.items()}
     real = slice(0, 9) if bidirectional else slice(4, None)
-    close(run(tokens)[:, real], run(wild)[:, real])
-    assert np.isfinite(run(tokens)).all()
     part = cut(tokens, real.start, real.stop or T)
-    close(run(tokens)[:, real], attend(case, params, part, mask=mask, start=real.start)[0])
+
+    @jax.jit
+    def both(tokens, part):
+        out = attend(case, params, tokens, mask=mask, valid=valid)[0]
+        return out, attend(case, params, part, mask=mask, start=real.start)[0]
+
+    out, alone = both(tokens, part)
+    wild = {n: x.at[:, pads].multiply(7.0) for n, x in tokens.items()}
+    assert np.isfinite(out).all()
+    close(out[:, real], alone)
+    close(out[:, real], both(wild, part)[0][:, real])
 
 
 @pytest.mark.parametrize("name", BIDIRECTIONAL)
@@ -154,20 +161,31 @@ def test_bidirectional(name):
     """Early outputs move with late tokens, and the order of the keys does not matter."""
     case, tokens = CASES[name], tokens_of()
     params = params_of(case)
-    run = jax.jit(lambda t, s: attend(case, params, t, mask=Full(), segment_ids=s)[0])
-    out = run(tokens, None)
-    late = {n: x.at[:, -1].add(1.0) for n, x in tokens.items()}
-    assert (np.abs(run(late, None) - out)[:, 0] > 1e-5).any()
-    if "segment_ids" in case.variant.takes:
-        segments = jnp.asarray([[1] * 5 + [2] * 8] * 2)
-        packed = run(tokens, segments)
-        close(packed[:, :5], attend(case, params, cut(tokens, 0, 5), mask=Full())[0])
-        close(packed[:, 5:], attend(case, params, cut(tokens, 5, T), mask=Full(), start=5)[0])
-    if case.shuffles:
-        order = jax.random.permutation(jax.random.key(3), T)
+    segments = jnp.asarray([[1] * 5 + [2] * 8] * 2)
+    packs = "segment_ids" in case.variant.takes
+    order = jax.random.permutation(jax.random.key(3), T)
+    full = lambda t, **more: attend(case, params, t, mask=Full(), **more)[0]
+
+    @jax.jit
+    def everything(tokens):
+        out = {"whole": full(tokens)}
         q, k, v = tokens["q"], tokens["k"], tokens["v"]
-        plain = lambda k, v: case.variant.attend(params, q, k, v, mask=Full())[0]
-        close(plain(k[:, order], v[:, order]), plain(k, v))
+        if case.shuffles:
+            plain = lambda k, v: case.variant.attend(params, q, k, v, mask=Full())[0]
+            out |= {"plain": plain(k, v), "shuffled": plain(k[:, order], v[:, order])}
+        if packs:
+            parts = full(cut(tokens, 0, 5)), full(cut(tokens, 5, T), start=5)
+            out["parts"] = jnp.concatenate(parts, axis=1)
+            out["packed"] = full(tokens, segment_ids=segments)
+        return out
+
+    out = everything(tokens)
+    late = everything({n: x.at[:, -1].add(1.0) for n, x in tokens.items()})
+    assert (np.abs(late["whole"] - out["whole"])[:, 0] > 1e-5).any()
+    if packs:
+        close(out["packed"], out["parts"])
+    if case.shuffles:
+        close(out["shuffled"], out["plain"])
 
 
 @pytest.mark.parametrize("name", takes("prefix"))
@@ -219,9 +237,10 @@ def test_gradients_and_bfloat16(name):
     for path, g in jax.tree_util.tree_leaves_with_path(of_params):
         assert np.abs(g).max() > 0, f"{path} gets no gradient"
     low = jax.tree.map(lambda a: a.astype(jnp.bfloat16), tokens)
-    out = jax.jit(lambda p, t: attend(case, p, t)[0])(params, low)
+    run = jax.jit(lambda p, t: attend(case, p, t)[0])
+    out = run(params, low)
     assert out.dtype == jnp.bfloat16
-    exact = attend(case, params, jax.tree.map(lambda a: a.astype(jnp.float32), low))[0]
+    exact = run(params, jax.tree.map(lambda a: a.astype(jnp.float32), low))
     error = np.linalg.norm(out.astype(jnp.float32) - exact) / np.linalg.norm(exact)
     assert error < 2e-2
 
