@@ -21,11 +21,11 @@ def _forget_programs():
 
 @pytest.fixture(autouse=True)
 def _compiled_as_users_do(request):
-    """Programs for devices that are not here: what their compilers make of them is the test."""
+    """Where what the compiler makes of a program is the test: memory, flops, other devices."""
     quick = os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1"
-    ahead = quick and request.node.get_closest_marker("aot") is not None
-    if ahead:
+    well = quick and any(request.node.get_closest_marker(m) for m in ("aot", "optimised"))
+    if well:
         jax.config.update("jax_disable_most_optimizations", False)
     yield
-    if ahead:
+    if well:
         jax.config.update("jax_disable_most_optimizations", True)

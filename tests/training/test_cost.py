@@ -12,6 +12,8 @@ from flora_jax import training
 from flora_jax.models.llama import Llama
 from flora_jax.models.llama_config import LlamaConfig
 
+pytestmark = pytest.mark.optimised
+
 LORA = {"layers/self_attn/(q|v)_proj/kernel": flora.LoRA(rank=8, alpha=16.0)}
 FULL = {".*": flora.Replace()}
 MiB = 2**20

@@ -254,6 +254,7 @@ def test_the_run_ends_with_its_last_member(tmp_path):
         fit((poisoned(loss), base, plan, None), tmp_path / "run", stream, 9, save_every=2)
 
 
+@pytest.mark.optimised
 def test_the_base_is_not_copied_for_each_member():
     """Read off the compiled program: four copies of the base would be 150 MB."""
     config = LlamaConfig.tiny(
