@@ -10,6 +10,9 @@ from flora_jax.attention.masks import Mask as Mask
 from flora_jax.attention.masks import Prefix as Prefix
 from flora_jax.attention.masks import Sliding as Sliding
 from flora_jax.attention.masks import visible as visible
+from flora_jax.attention.quantum import QFWP as QFWP
+from flora_jax.attention.quantum import QRNN as QRNN
+from flora_jax.attention.quantum import QRNNReservoir as QRNNReservoir
 from flora_jax.attention.softmax import Softmax as Softmax
 from flora_jax.attention.types import Call as Call
 from flora_jax.attention.types import Dropout as Dropout

@@ -25,7 +25,7 @@ Batch schema (B rows of this shard, T tokens):
     regression           x, y                                      float32 [B, ...]
     (TeacherStudent,     weight                                    float32 [B]
     ConvTeacherStudent,
-    Sine)
+    Sine, Series)
 
 In a language-model batch ``targets[b, t]`` is the token after ``tokens[b, t]`` in the same
 document; ``loss_mask`` is 0 where there is none, on padding, and on targets that belong to a
@@ -43,6 +43,7 @@ from flora_jax.data.image_names import ImageNames
 from flora_jax.data.images import IMAGE_SETS, ImageData
 from flora_jax.data.packing import PACKINGS, TOO_LONG, Tokenised, assemble, plan_rows
 from flora_jax.data.sequences import SequenceTask
+from flora_jax.data.series import Series
 from flora_jax.data.synthetic import Sine, TeacherStudent
 from flora_jax.data.text import TextData
 from flora_jax.data.virtual import with_prompt
@@ -61,6 +62,7 @@ __all__ = [
     "ImageData",
     "ImageNames",
     "SequenceTask",
+    "Series",
     "Sine",
     "TeacherStudent",
     "TextData",

@@ -7,8 +7,17 @@ import functools
 import flora_jax.adapters  # noqa: F401  fills the registry of methods
 import flora_jax.attention  # noqa: F401
 from flora_jax import config, data
+from flora_jax.attention.quantum import StaticVQC
 from flora_jax.core.registry import methods
-from flora_jax.launch import first_task, generators, pretrained, small_text, students, subjects
+from flora_jax.launch import (
+    first_task,
+    generators,
+    pretrained,
+    series,
+    small_text,
+    students,
+    subjects,
+)
 from flora_jax.launch import train as train  # registers the entry point
 from flora_jax.models.conv import ConvNetConfig
 from flora_jax.models.diffusion import DDPM, FlowMatching
@@ -19,7 +28,15 @@ from flora_jax.models.vit_config import ViTConfig
 from flora_jax.quant import Format
 from flora_jax.training import Distillation, EarlyStopping, optim, schedules
 
-OPTIMIZERS = (optim.AdamW, optim.SGD, optim.Lion, optim.Adafactor, optim.Groups, optim.lora_plus)
+OPTIMIZERS = (
+    optim.AdamW,
+    optim.SGD,
+    optim.RMSprop,
+    optim.Lion,
+    optim.Adafactor,
+    optim.Groups,
+    optim.lora_plus,
+)
 FAMILIES = ("adapter", "attention", "optimizer")  # registered methods that gin files name
 SCHEDULES = (
     schedules.Constant,
@@ -36,6 +53,7 @@ DATA = (
     data.SequenceTask,
     data.TeacherStudent,
     data.ConvTeacherStudent,
+    data.Series,
     data.Fields,
 )
 MODELS = (
@@ -46,6 +64,8 @@ MODELS = (
     small_text.SmallLanguageModel,
     first_task.Pretraining,
     students.Student,
+    series.SmallSeriesModel,
+    StaticVQC,
     MLPConfig,
     ConvNetConfig,
     ViTConfig,

@@ -10,6 +10,7 @@ from flora_jax.models.llama_config import LlamaConfig
 from flora_jax.models.mlp import MLP, MLPConfig
 from flora_jax.models.registry import abstract, architectures, build, init, register
 from flora_jax.models.rope import Rope
+from flora_jax.models.series import SeriesModel
 from flora_jax.models.vit import ViT
 from flora_jax.models.vit_config import ViTConfig
 
@@ -27,6 +28,7 @@ __all__ = [
     "LlamaConfig",
     "MLPConfig",
     "Rope",
+    "SeriesModel",
     "ViT",
     "ViTConfig",
     "abstract",

@@ -26,6 +26,7 @@ from flora_jax.training.optim import AdamW as AdamW
 from flora_jax.training.optim import Groups as Groups
 from flora_jax.training.optim import Lion as Lion
 from flora_jax.training.optim import Optimizer as Optimizer
+from flora_jax.training.optim import RMSprop as RMSprop
 from flora_jax.training.optim import learning_rates as learning_rates
 from flora_jax.training.optim import lora_plus as lora_plus
 from flora_jax.training.optim import moves as moves

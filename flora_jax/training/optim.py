@@ -106,6 +106,29 @@ class SGD(Optimizer):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class RMSprop(Optimizer):
+    """``v = alpha v + (1 - alpha) g^2``, ``p -= lr g / (sqrt(v) + eps)``.
+
+    The defaults, the place of ``eps`` and the start at ``v = 0`` are torch's; with ``momentum`` the
+    quotients are accumulated as ``m = momentum m + quotient``.
+    """
+
+    alpha: float = 0.99
+    eps: float = 1e-8
+    momentum: float = 0.0
+    centered: bool = False
+
+    def transform(self, learning_rate, mask):
+        scale = optax.scale_by_stddev if self.centered else optax.scale_by_rms
+        parts = [scale(decay=self.alpha, eps=self.eps, eps_in_sqrt=False)]
+        if self.momentum:
+            parts.append(optax.trace(decay=self.momentum))
+        if self.weight_decay:
+            parts.append(optax.add_decayed_weights(self.weight_decay, mask))
+        return optax.chain(*parts, optax.scale_by_learning_rate(learning_rate))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Lion(Optimizer):
     """Evolved sign momentum (arXiv 2302.06675)."""
 

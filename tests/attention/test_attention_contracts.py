@@ -34,7 +34,9 @@ def close(a, b, tolerance=3e-5):
 
 
 def test_every_registered_variant_has_a_case():
-    assert {m.cls for m in flora.methods("attention")} <= {type(c.variant) for c in CASES.values()}
+    """The rest of the family are cells of their own: tests/attention/test_quantum.py."""
+    variants = {m.cls for m in flora.methods("attention") if issubclass(m.cls, attention.Variant)}
+    assert variants and variants <= {type(c.variant) for c in CASES.values()}
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -46,6 +46,14 @@ REFERENCES = [
         training.SGD(learning_rate=0.1, weight_decay=0.2),
         optax.chain(optax.add_decayed_weights(0.2), optax.sgd(0.1)),
     ),
+    (
+        training.RMSprop(learning_rate=0.1, weight_decay=0.2),
+        optax.chain(
+            optax.scale_by_rms(decay=0.99, eps=1e-8, eps_in_sqrt=False),
+            optax.add_decayed_weights(0.2),
+            optax.scale(-0.1),
+        ),
+    ),
     (training.Lion(learning_rate=0.1, weight_decay=0.2), optax.lion(0.1, weight_decay=0.2)),
     (
         training.Adafactor(learning_rate=0.1, min_dim_size_to_factor=2),
@@ -57,6 +65,23 @@ REFERENCES = [
 @pytest.mark.parametrize("ours,theirs", REFERENCES, ids=lambda x: type(x).__name__)
 def test_optimizers_are_optax(ours, theirs):
     assert_same(run(ours)[0], run(theirs)[0])
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("momentum, centered", [(0.0, False), (0.5, False), (0.5, True)])
+def test_rmsprop_is_torchs(momentum, centered):
+    """Where eps stands, v starts at zero and momentum comes after the quotient."""
+    torch = pytest.importorskip("torch")
+    how = {"momentum": momentum, "centered": centered}
+    flat = jax.tree.leaves(tree())
+    params = [torch.nn.Parameter(torch.tensor(np.asarray(x))) for x in flat]
+    theirs = torch.optim.RMSprop(params, lr=0.1, alpha=0.99, eps=1e-8, **how)
+    for i in range(3):
+        for param, grad in zip(params, jax.tree.leaves(tree(i + 1))):
+            param.grad = torch.tensor(np.asarray(grad))
+        theirs.step()
+    got = jax.tree.leaves(run(training.RMSprop(learning_rate=0.1, **how))[0])
+    assert_same(got, [p.detach().numpy() for p in params])
 
 
 def test_sgd_decay_is_decoupled_from_momentum():
