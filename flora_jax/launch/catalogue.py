@@ -37,7 +37,8 @@ OPTIMIZERS = (
     optim.Groups,
     optim.lora_plus,
 )
-FAMILIES = ("adapter", "attention", "optimizer")  # registered methods that gin files name
+# Registered methods that gin files name.
+FAMILIES = ("adapter", "attention", "optimizer", "projection")
 SCHEDULES = (
     schedules.Constant,
     schedules.Linear,
@@ -70,6 +71,7 @@ MODELS = (
     ConvNetConfig,
     ViTConfig,
     generators.SmallGenerator,
+    generators.ConvertedGenerator,
     DiTConfig,
     DDPM,
     FlowMatching,

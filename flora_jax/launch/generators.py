@@ -8,14 +8,16 @@ from typing import Any
 
 import jax
 
+from flora_jax.core.registry import name_of
 from flora_jax.data import ImageData
 from flora_jax.launch.first_task import Pretraining, kept, trained
 from flora_jax.launch.subjects import Source, Subject
 from flora_jax.models import registry
+from flora_jax.models.convert import convert_attention
 from flora_jax.models.diffusion import Process
 from flora_jax.models.dit import DiT
 from flora_jax.models.dit_config import DiTConfig
-from flora_jax.training.denoising import Denoising
+from flora_jax.training.denoising import TEACHER, Denoising, Distillation
 
 
 class GeneratorSubject(Subject):
@@ -76,3 +78,45 @@ def base(source: SmallGenerator, model: DiT) -> Any:
     if source.pretraining is None:
         return params
     return trained(source.loss(model), params, source.pretraining, source.seed)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConvertedGenerator(Source):
+    """A DiT of other attention that inherits from a trained one, which may go on teaching it.
+
+    Args:
+      teacher: the trained one.
+      config: of the new one; its process is the teacher's.
+      anew: regexes of the teacher's parameters that are not passed on: all of the attention for
+        LiT, none for SLA, ``.*`` for a start from nothing.
+      distillation: how the teacher's predictions are matched; None trains without it.
+      seed: of what starts anew.
+    """
+
+    teacher: SmallGenerator
+    config: DiTConfig
+    anew: tuple[str, ...] = ()
+    distillation: Distillation | None = None
+    seed: int = 0
+
+    def model(self, data: ImageData) -> DiT:
+        """The new module for a set of images."""
+        return dataclasses.replace(self.teacher, config=self.config).model(data)
+
+    def load(self, data, folder=None):
+        student, teacher = self.model(data), self.teacher.model(data)
+        params = kept(folder, lambda: self._base(student, teacher))
+        name, taught = f"DiT with {name_of(self.config.attention)} attention", {}
+        if self.distillation is not None:
+            taught = {"teacher": teacher, "distillation": self.distillation}
+        loss = self.teacher.loss(student, **taught)
+        beside = (TEACHER,) if taught else ()
+        return GeneratorSubject(student, params, loss, name, beside=beside)
+
+    def _base(self, student: DiT, teacher: DiT) -> dict[str, Any]:
+        old = base(self.teacher, teacher)
+        fields = {f.name: getattr(student.config, f.name) for f in dataclasses.fields(DiTConfig)}
+        to, key = fields.pop("attention"), jax.random.key(self.seed)
+        rules = dict.fromkeys(self.anew)
+        params = convert_attention(old, teacher, rules, to=to, key=key, **fields).params
+        return params | ({TEACHER: old} if self.distillation is not None else {})

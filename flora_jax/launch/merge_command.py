@@ -86,7 +86,8 @@ def merged(
             f"the base has {len(low)} low-bit weights ({low[0]} ...): add --quantized dequantize "
             "for a dense model (flora merge also knows --quantized requantize)"
         )
-    params = flora.materialize(setup.bound(state), quantized="dequantize")
+    bound = setup.subject.own(setup.bound(state))
+    params = flora.materialize(bound, quantized="dequantize")
     params = quant.dequantize(params)
     return training.cast_base(params, dtype) if dtype else params
 
@@ -102,7 +103,8 @@ def _requantized(
             "--quantized requantize keeps the base's formats, in a new folder: no "
             "--dtype, no --overwrite"
         )
-    params, report = flora.requantize(setup.bound(state), original=_original(setup))
+    bound = setup.subject.own(setup.bound(state))
+    params, report = flora.requantize(bound, original=_original(setup))
     native.save(out, setup.subject.model, params, setup.subject.tokenizer)
     print(report.table())
     return params

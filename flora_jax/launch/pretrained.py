@@ -36,7 +36,7 @@ class SmallImageModel(Source):
 
     Args:
       config: ``MLPConfig``, ``ConvNetConfig`` or ``ViTConfig``.
-      pretraining: the first task; without it the base is random.
+      pretraining: the first task; without it the base is random (train all of it: ``Replace``).
       seed: of the initial values and of the pretraining's order.
     """
 
@@ -48,7 +48,7 @@ class SmallImageModel(Source):
         shape = data.arrays("test")[0].shape[1:]
         first = self.pretraining.data if self.pretraining else data
         old, new = (build(self.config, shape, task.num_classes) for task in (first, data))
-        params = base = kept(folder, lambda: _pretrained(self, shape))
+        params = base = kept(folder, lambda: _pretrained(self, shape, data.num_classes))
         name = type(self.config).__name__.removesuffix("Config")
         if self.pretraining:
             fresh = _initial(new, shape, self.seed + 1)
@@ -101,13 +101,13 @@ def _initial(model: Any, shape: tuple[int, ...], seed: int) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _pretrained(source: SmallImageModel, shape: tuple[int, ...]) -> Any:
+def _pretrained(source: SmallImageModel, shape: tuple[int, ...], num_classes: int) -> Any:
     """The base, made once a process: the runs of a sweep share it."""
     how = source.pretraining
-    if how is None:
-        raise ConfigError("SmallImageModel needs pretraining, or train all of it with Replace()")
-    model = build(source.config, shape, how.data.num_classes)
+    model = build(source.config, shape, how.data.num_classes if how else num_classes)
     params = _initial(model, shape, source.seed)
+    if how is None:
+        return params
     return trained(Classification(model=model), params, how, source.seed)
 
 

@@ -133,7 +133,7 @@ class Setup:
     @property
     def parameters(self) -> int:
         """Numbers in the base."""
-        leaves = flatten(self.base, is_leaf=is_leaf).values()
+        leaves = flatten(self.subject.own(self.base), is_leaf=is_leaf).values()
         return sum(math.prod(leaf.shape) for leaf in leaves)
 
     def identity(self) -> Identity:
@@ -169,7 +169,8 @@ def build(
     if options["quantize"]:
         base = quant.quantize(base, options["quantize"])
     saved = _saved_plan(folder)
-    plan = saved or flora.plan(base, _with_ids(options["rules"], subject.tokenizer))
+    rules = {f"{name}/.*": None for name in subject.beside} | dict(options["rules"])
+    plan = saved or flora.plan(base, _with_ids(rules, subject.tokenizer))
     if not len(plan):
         raise ConfigError("train.rules gives no weight an adapter: nothing would be trained")
     setup = _on_mesh(Setup(dataclasses.replace(subject, params=base), plan, None, options))

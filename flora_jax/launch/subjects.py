@@ -37,6 +37,8 @@ class Subject:
       tokenizer: for texts; None for images.
       generates: whether it writes text.
       retention: figures of the task the base was made for, of bound parameters; None if unknown.
+      beside: components of ``params`` that only the loss reads, such as a teacher: never adapted,
+        not part of what is counted and saved.
     """
 
     model: nn.Module
@@ -46,6 +48,11 @@ class Subject:
     tokenizer: Any = None
     generates: bool = False
     retention: Callable[[Any], dict[str, float]] | None = None
+    beside: tuple[str, ...] = ()
+
+    def own(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The model's parameters alone."""
+        return {name: leaf for name, leaf in params.items() if name not in self.beside}
 
     def figures(self, means: Mapping[str, float]) -> dict[str, float]:
         """Means over the held-out data as the figures a run reports.

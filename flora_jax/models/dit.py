@@ -91,6 +91,7 @@ class _Time(nn.Module):
 
 class _Attention(nn.Module):
     config: DiTConfig
+    grid: tuple[int, int]
 
     @nn.compact
     def __call__(self, x):
@@ -102,9 +103,13 @@ class _Attention(nn.Module):
             _XAVIER,
             cfg.param_dtype,
             False,
+            cfg.attention,
+            self.grid,
+            cfg.projection,
             name="attention",
         )
-        return encoder.AttentionOutput(_XAVIER, cfg.param_dtype, name="output")(heads(x, None))
+        out = encoder.AttentionOutput(_XAVIER, cfg.param_dtype, cfg.projection, name="output")
+        return out(heads(x, None))
 
 
 class _MLP(nn.Module):
@@ -113,14 +118,17 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         cfg = self.config
-        x = encoder.ACTIVATIONS[cfg.hidden_act](_dense(cfg, cfg.intermediate_size, "fc1")(x))
-        return _dense(cfg, cfg.hidden_size, "fc2")(x)
+        how = {"param_dtype": cfg.param_dtype, "kernel_init": _XAVIER}
+        dense = lambda f, name: encoder.projection(cfg.projection, f, name=name, **how)
+        x = encoder.ACTIVATIONS[cfg.hidden_act](dense(cfg.intermediate_size, "fc1")(x))
+        return dense(cfg.hidden_size, "fc2")(x)
 
 
 class _Layer(nn.Module):
     """``x + g1 Attention(m1(x))``, then ``x + g2 MLP(m2(x))``; every gain g starts at zero."""
 
     config: DiTConfig
+    grid: tuple[int, int]
     collect: bool
 
     @nn.compact
@@ -129,7 +137,7 @@ class _Layer(nn.Module):
         numbers = _dense(cfg, 6 * cfg.hidden_size, "modulation", _ZERO)(jax.nn.silu(condition))
         shift1, scale1, gain1, shift2, scale2, gain2 = jnp.split(numbers, 6, axis=-1)
         inside = _modulate(_normalise(x, cfg.layer_norm_eps), shift1, scale1)
-        x = x + gain1[:, None] * _Attention(cfg, name="attention")(inside)
+        x = x + gain1[:, None] * _Attention(cfg, self.grid, name="attention")(inside)
         inside = _modulate(_normalise(x, cfg.layer_norm_eps), shift2, scale2)
         x = x + gain2[:, None] * _MLP(cfg, name="mlp")(inside)
         return x, (x if self.collect else None)
@@ -197,7 +205,7 @@ class DiT(nn.Module):
             table = Embed(cfg.num_classes + 1, d, dtype, cfg.param_dtype, name="y_embedder")
             condition = condition + table(labels)
         how = {"remat": cfg.remat, "scan": cfg.scan_layers}
-        fields = {"config": cfg, "collect": output == "layers"}
+        fields = {"config": cfg, "grid": (height, width), "collect": output == "layers"}
         out, every = encoder.run_layers(
             _Layer, cfg.num_hidden_layers, x, condition, **how, **fields
         )

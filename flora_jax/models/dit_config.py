@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from flora_jax.attention import ConvShare, Softmax, Variant
 from flora_jax.core.errors import ConfigError
 from flora_jax.models import encoder_layers as encoder
 
@@ -17,6 +18,8 @@ class DiTConfig:
       patch_size: side of a square patch; 1 makes a token of every pixel.
       num_channels: of the images (or latents).
       intermediate_size: MLP width.
+      attention: the attention variant (docs/attention.md).
+      projection: what the linear layers of the blocks are; None for dense layers.
       num_classes: 0 for images without labels; else one more label, ``num_classes``, means none.
       learned_variance: the output has twice the channels, the second half for the variance.
       frequencies: width of the sinusoidal embedding of the time.
@@ -37,6 +40,8 @@ class DiTConfig:
     intermediate_size: int = 4608
     hidden_act: str = "gelu_new"
     qkv_bias: bool = True
+    attention: Variant = Softmax()
+    projection: ConvShare | None = None
     layer_norm_eps: float = 1e-6
     num_classes: int = 1000
     learned_variance: bool = True

@@ -10,10 +10,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from flora_jax.attention import Dropout, Full, Inputs, Sizes, Softmax, Variant
+from flora_jax.attention import ConvShare, Dropout, Full, Inputs, Sizes, Softmax, Variant
+from flora_jax.core import ops
 from flora_jax.core.errors import ConfigError, unknown
 from flora_jax.linen.attention import FloraAttention
-from flora_jax.linen.layers import Dense, PrefixDense
+from flora_jax.linen.layers import Dense, PrefixDense, weight
 from flora_jax.models.prefix import pair
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -62,11 +63,37 @@ class Mode:
     collect: bool = False
 
 
+class TokenConv(nn.Module):
+    """A :class:`ConvShare` projection: ``kernel [window,window,maps_in,maps_out]``, ``bias``."""
+
+    features: int
+    how: ConvShare
+    use_bias: bool = True
+    param_dtype: Any = jnp.float32
+    kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = self.how.kernel_shape(x.shape[-1], self.features)
+        kernel = weight(self, "kernel", self.kernel_init, shape, self.param_dtype)
+        bias = None
+        if self.use_bias:
+            zeros = nn.initializers.zeros_init()
+            bias = ops.value(weight(self, "bias", zeros, shape[-1:], self.param_dtype))
+        return self.how.apply(x, kernel, bias)
+
+
+def projection(how: ConvShare | None, features: int, **options: Any) -> nn.Module:
+    """A dense layer, or what a configuration puts in its place."""
+    return Dense(features, **options) if how is None else TokenConv(features, how, **options)
+
+
 class SelfAttention(nn.Module):
     """Query, key and value projections and the attention itself, ``[B,T,D] -> [B,T,D]``.
 
     Args:
       grid: ``(h, w)`` when the last ``h * w`` tokens are an image's patches.
+      projection: what the three projections are in place of dense layers.
     """
 
     heads: int
@@ -77,21 +104,24 @@ class SelfAttention(nn.Module):
     train: bool
     variant: Variant = Softmax()
     grid: tuple[int, int] | None = None
+    projection: ConvShare | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
-        def dense(name: str, layer: type[Dense] = PrefixDense) -> Dense:
-            return layer(
-                x.shape[-1],
-                use_bias=self.use_bias,
-                param_dtype=self.param_dtype,
-                kernel_init=self.kernel_init,
-                name=name,
-            )
+        options = {
+            "use_bias": self.use_bias,
+            "param_dtype": self.param_dtype,
+            "kernel_init": self.kernel_init,
+        }
+
+        def dense(name: str) -> tuple[jax.Array, Any]:
+            if self.projection is None:
+                return PrefixDense(x.shape[-1], name=name, **options)(x)
+            return TokenConv(x.shape[-1], self.projection, name=name, **options)(x), None
 
         split = lambda y: y.reshape(*y.shape[:-1], self.heads, y.shape[-1] // self.heads)
-        q = split(dense("query", Dense)(x))
-        (k, k_prefix), (v, v_prefix) = dense("key")(x), dense("value")(x)
+        q = split(projection(self.projection, x.shape[-1], name="query", **options)(x))
+        (k, k_prefix), (v, v_prefix) = dense("key"), dense("value")
         k, v = split(k), split(v)
         dropout = None
         if self.train and self.dropout:
@@ -117,11 +147,12 @@ class AttentionOutput(nn.Module):
 
     kernel_init: nn.initializers.Initializer
     param_dtype: Any
+    projection: ConvShare | None = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         how = {"param_dtype": self.param_dtype, "kernel_init": self.kernel_init}
-        return Dense(x.shape[-1], name="dense", **how)(x)
+        return projection(self.projection, x.shape[-1], name="dense", **how)(x)
 
 
 def run_layers(

@@ -95,10 +95,12 @@ class _Attention(nn.Module):
             self.mode.train,
             cfg.attention,
             self.grid,
+            cfg.projection,
             name="attention",
         )
         init = encoder.kernel_init(cfg.initializer_range)
-        return encoder.AttentionOutput(init, cfg.param_dtype, name="output")(heads(x, None))
+        out = encoder.AttentionOutput(init, cfg.param_dtype, cfg.projection, name="output")
+        return out(heads(x, None))
 
 
 class _MLP(nn.Module):
@@ -107,7 +109,9 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         cfg = self.config
-        dense = lambda features, name: _dense(cfg, features, name)  # noqa: E731
+        init = encoder.kernel_init(cfg.initializer_range)
+        how = {"param_dtype": cfg.param_dtype, "kernel_init": init}
+        dense = lambda f, name: encoder.projection(cfg.projection, f, name=name, **how)  # noqa: E731
         if cfg.use_swiglu_ffn:
             gate, up = jnp.split(dense(cfg.intermediate_size, "weights_in")(x), 2, axis=-1)
             return dense(cfg.hidden_size, "weights_out")(jax.nn.silu(gate) * up)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from flora_jax.attention import Softmax, Variant
+from flora_jax.attention import ConvShare, Softmax, Variant
 from flora_jax.core.errors import ConfigError
 from flora_jax.models import encoder_layers as encoder
 from flora_jax.models.attention_config import read_attention, write_attention
@@ -29,6 +29,7 @@ class ViTConfig:
       pooling: what the head reads: ``cls``, ``mean`` (of the patches), ``cls_mean`` (both, joined)
         or ``pooler`` (tanh layer on cls; needs ``use_pooler``).
       attention: the variant that every layer has.
+      projection: what the linear layers of the blocks are; None for dense layers.
       dtype, param_dtype: of the activations and of the parameters.
       scan_layers: one scanned component ``layers`` or components ``layers_0``, ``layers_1`` ...
       remat: what the backward pass recomputes: ``none``, ``full`` (all of a block), ``dots``
@@ -59,6 +60,7 @@ class ViTConfig:
     num_labels: int = 0
     pooling: str = "cls"
     attention: Variant = Softmax()
+    projection: ConvShare | None = None
     dtype: str = "float32"
     param_dtype: str = "float32"
     scan_layers: bool = True
@@ -154,7 +156,7 @@ class ViTConfig:
         """
         kind = "vit" if self.layerscale_value is None else "dinov2"
         self._check_hf(kind)
-        ours = {"num_labels", "pooling", "use_pooler", "attention", *encoder.POLICY}
+        ours = {"num_labels", "pooling", "use_pooler", "attention", "projection", *encoder.POLICY}
         data = {k: v for k, v in dataclasses.asdict(self).items() if k not in ours}
         data |= write_attention(self.attention)
         if kind == "vit":
@@ -191,6 +193,8 @@ class ViTConfig:
                 wrong = f"intermediate_size={self.intermediate_size} with LayerScale"
             if self.use_pooler:
                 wrong = "a pooler with LayerScale"
+        if self.projection is not None:
+            wrong = f"projections {self.projection}"
         if wrong:
             raise ConfigError(f"the Hugging Face file formats have no ViT with {wrong}")
 

@@ -63,6 +63,14 @@ CASES: dict[str, Case] = {
         ),
         2 * 4 * 8 * 8 + 4,
     ),
+    "InLine": Case(attention.InLine(residual=False, chunk=4)),
+    "InLine-residual": Case(
+        attention.InLine(), 10 * 32**2 // 4 + 10 * 32, mask=attention.Full(), shuffles=False
+    ),
+    "InLine-division": Case(
+        attention.InLine(division=True, feature_map="relu", residual=False, chunk=5)
+    ),
+    "LiT": Case(attention.LiT(window=3), (9 + 1) * 32, mask=attention.Full(), shuffles=False),
 }
 CAUSAL = [n for n, c in CASES.items() if attention.Causal in c.variant.masks]
 BIDIRECTIONAL = [n for n, c in CASES.items() if attention.Full in c.variant.masks]

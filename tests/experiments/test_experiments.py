@@ -13,6 +13,7 @@ import flora_jax as flora
 from flora_jax import config
 from flora_jax.launch import catalogue, checks
 from flora_jax.launch.experiment import Experiment
+from flora_jax.launch.generators import ConvertedGenerator, SmallGenerator
 from flora_jax.launch.pretrained import SmallImageModel, build
 from flora_jax.launch.small_text import SmallLanguageModel
 from flora_jax.models import registry
@@ -51,6 +52,8 @@ def abstract_params(options):
     source, data = options["model"], options["data"]
     if isinstance(source, SmallLanguageModel):
         return registry.abstract(source.model)
+    if isinstance(source, (SmallGenerator, ConvertedGenerator)):
+        return registry.abstract(source.model(data))
     if not isinstance(source, SmallImageModel):
         return source.load(data).params
     shape = data.arrays("test")[0].shape[1:]
