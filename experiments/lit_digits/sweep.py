@@ -5,7 +5,7 @@ NOTHING = {"ConvertedGenerator.anew": (".*",)}
 ATTENTION = {"ConvertedGenerator.anew": ("layers/attention/.*",)}
 PLAIN, CONV = {"LiT.window": 0}, {"LiT.window": 3}
 ALONE = {"ConvertedGenerator.distillation": None}
-TAUGHT = {"ConvertedGenerator.distillation": "@Distillation()"}
+TAUGHT = {"ConvertedGenerator.distillation": "@TeacherMatching()"}
 
 
 def heads(count):

@@ -26,7 +26,7 @@ from flora_jax.models.llama_config import LlamaConfig
 from flora_jax.models.mlp import MLPConfig
 from flora_jax.models.vit_config import ViTConfig
 from flora_jax.quant import Format
-from flora_jax.training import Distillation, EarlyStopping, optim, schedules
+from flora_jax.training import EarlyStopping, TeacherMatching, optim, schedules
 
 OPTIMIZERS = (
     optim.AdamW,
@@ -75,7 +75,7 @@ MODELS = (
     DiTConfig,
     DDPM,
     FlowMatching,
-    Distillation,
+    TeacherMatching,
     LlamaConfig,
     Format,
     EarlyStopping,

@@ -17,7 +17,7 @@ from flora_jax.models.convert import convert_attention
 from flora_jax.models.diffusion import Process
 from flora_jax.models.dit import DiT
 from flora_jax.models.dit_config import DiTConfig
-from flora_jax.training.denoising import TEACHER, Denoising, Distillation
+from flora_jax.training.denoising import TEACHER, Denoising, TeacherMatching
 
 
 class GeneratorSubject(Subject):
@@ -96,7 +96,7 @@ class ConvertedGenerator(Source):
     teacher: SmallGenerator
     config: DiTConfig
     anew: tuple[str, ...] = ()
-    distillation: Distillation | None = None
+    distillation: TeacherMatching | None = None
     seed: int = 0
 
     def model(self, data: ImageData) -> DiT:

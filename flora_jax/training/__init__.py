@@ -5,7 +5,7 @@ from flora_jax.training.checkpoint import Identity as Identity
 from flora_jax.training.checkpoint import fingerprint as fingerprint
 from flora_jax.training.cost import compiled_cost as compiled_cost
 from flora_jax.training.denoising import Denoising as Denoising
-from flora_jax.training.denoising import Distillation as Distillation
+from flora_jax.training.denoising import TeacherMatching as TeacherMatching
 from flora_jax.training.lift import LIFT as LIFT
 from flora_jax.training.loop import FitResult as FitResult
 from flora_jax.training.loop import fit as fit

@@ -18,7 +18,7 @@ TEACHER = "teacher"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Distillation:
+class TeacherMatching:
     """How much each part of a student's loss counts.
 
     LiT's hybrid distillation (arXiv 2501.12976) is the default; ``data=0, noise=1, variance=0`` is
@@ -58,7 +58,7 @@ class Denoising:
     class_dropout: float = 0.1
     draws: int = 1
     teacher: Any = None
-    distillation: Distillation = Distillation()
+    distillation: TeacherMatching = TeacherMatching()
 
     def __post_init__(self):
         if not 0 <= self.class_dropout < 1:

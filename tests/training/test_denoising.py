@@ -9,7 +9,7 @@ import pytest
 
 from flora_jax.core.errors import ConfigError
 from flora_jax.models import DDPM, DiT, DiTConfig, FlowMatching, registry
-from flora_jax.training import Denoising, Distillation
+from flora_jax.training import Denoising, TeacherMatching
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "frequencies": 8}
 BATCH = {
@@ -63,13 +63,13 @@ def test_the_parts_of_a_taught_loss(pair):
     model, bound = pair
     plain = Denoising(model=model, process=DDPM(steps=50))
     taught = dataclasses.replace(
-        plain, teacher=model, distillation=Distillation(noise=0.0, variance=0.0)
+        plain, teacher=model, distillation=TeacherMatching(noise=0.0, variance=0.0)
     )
     rng = jax.random.key(0)
     expected = call(plain, bound, BATCH, rng, True)[0]
     total, _, aux = call(taught, bound, BATCH, rng, True)
     np.testing.assert_allclose(total, expected, rtol=1e-6)
-    weights = Distillation(data=0.5, noise=2.0, variance=3.0)
+    weights = TeacherMatching(data=0.5, noise=2.0, variance=3.0)
     mixed = call(dataclasses.replace(taught, distillation=weights), bound, BATCH, rng, True)[0]
     parts = 0.5 * expected + 2 * aux["match_noise"] + 3 * aux["match_variance"]
     np.testing.assert_allclose(mixed, parts, rtol=1e-5)
@@ -77,7 +77,7 @@ def test_the_parts_of_a_taught_loss(pair):
 
 def test_the_teacher_is_frozen_and_a_student_like_it_has_nothing_to_learn(pair):
     model, bound = pair
-    distillation = Distillation(data=0.0, noise=1.0, variance=1.0)
+    distillation = TeacherMatching(data=0.0, noise=1.0, variance=1.0)
     loss = Denoising(
         model=model, process=DDPM(steps=50), teacher=model, distillation=distillation
     )
