@@ -28,7 +28,8 @@ def test_parses_with_finalize_after_a_run_template(path):
     if path.parent.parent.name == "experiments":
         Experiment.find(path.parent).module("sweep")
     folder = path.parent.name
-    template = [RUNS[0]] if folder in ("models", "data") else []  # they use its macros
+    part_of_a_run = folder in ("models", "data", "attention")  # they use its macros
+    template = [ROOT / "configs/runs/finetune_lm.gin"] if part_of_a_run else []
     config.load([*template, path], search_paths=[path.parent])
     assert path.read_text().startswith("# "), (
         "a gin file starts with a comment that says what it is"
