@@ -94,7 +94,7 @@ def join_mask(prefix: KeyValuePrefix, mask: jax.Array | None, size: int) -> jax.
     if mask is None:
         mask = jnp.ones((prefix.on.shape[0], size), bool)
     lead = mask.shape[:-1]
-    on = jnp.ones((1, count), bool) if prefix.on is None else prefix.on
+    on = jnp.ones((1, count), bool) if prefix.on is None else prefix.on.astype(bool)
     on = on.reshape(on.shape[0], *(1,) * (mask.ndim - 2), count)
     lead = (max(lead[0], on.shape[0]), *lead[1:])
     mask = jnp.broadcast_to(mask.astype(bool), (*lead, size))
