@@ -91,6 +91,7 @@ def mimicry(
     paper="The Hedgehog & the Porcupine; LoLCATs: On Low-Rank Linearizing of Large Language Models",
     arxiv="2402.04347, 2410.10254",
     parameters="of the student",
+    mergeable=False,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Distil(Variant):

@@ -35,6 +35,7 @@ STARTS = ("identity", "zero", "normal", "kaiming")
     paper="The Hedgehog & the Porcupine: Expressive Linear Attentions with Softmax Mimicry",
     arxiv="2402.04347",
     parameters="2 N D F' (+ 2 N F' with bias)",
+    mergeable=False,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Hedgehog(FeatureAttention):
@@ -139,6 +140,7 @@ class Hedgehog(FeatureAttention):
     paper="LoLCATs: On Low-Rank Linearizing of Large Language Models",
     arxiv="2410.10254",
     parameters="2 N D F' + N",
+    mergeable=False,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoLCATs(Hedgehog):

@@ -249,6 +249,7 @@ MAPS = (*PLAIN, "t2r")
     paper="Transformers are RNNs: Fast Autoregressive Transformers with Linear Attention",
     arxiv="2006.16236",
     parameters="0 (t2r: 2 N (D + 1) F)",
+    mergeable=False,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LinearAttention(FeatureAttention):

@@ -25,6 +25,7 @@ IMPLEMENTATIONS = ("grouped", "jax", "chunked")
     paper="Attention Is All You Need; GQA: Training Generalized Multi-Query Transformer Models",
     arxiv="1706.03762, 2305.13245",
     parameters="0",
+    mergeable=False,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Softmax(Variant):
