@@ -179,5 +179,6 @@ def table(figures: dict[str, Any]) -> str:
     for name, f in figures["variants"].items():
         if name != BASELINE:
             where = "never" if f["crossover"] is None else f"from about {f['crossover']:.0f} tokens"
+            where = "at every length" if f["crossover"] == figures["lengths"][0] else where
             lines.append(f"{name} is faster than softmax {where}.")
     return "\n".join(lines)
