@@ -1,0 +1,58 @@
+"""The TPU kernels of gated linear attention: simulated memory, races, compiles without a device."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from recurrence import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, call, check
+
+from flora_jax.kernels import aot, dispatch
+from flora_jax.kernels.gated_linear_attention import gated_linear_attention
+from flora_jax.kernels.gated_linear_attention.arg_specs import BENCH, SMALL, ArgSpec
+
+SIMULATED = pltpu.InterpretParams(
+    dma_execution_mode="on_wait", uninitialized_memory="nan", detect_races=True
+)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_simulated_tpu_equals_the_recurrence(name):
+    """Memory starts as NaN, so that whatever is read before it is written shows."""
+    spec = dataclasses.replace(SMALL[name], length=40, batch=1)
+    limits = (FLOAT32, FLOAT32)
+    if spec.dtype == "bfloat16":
+        limits = BFLOAT16, BFLOAT16_GRADIENT
+    with dispatch.interpret(SIMULATED):
+        check(spec.draw(jax.random.key(1)), *limits, chunk=16, implementation="pallas_tpu")
+
+
+def test_what_the_kernel_cannot_do_runs_as_xla():
+    args = dataclasses.replace(SMALL["linear"], length=4).draw(jax.random.key(0))
+    with dispatch.target("tpu"):
+        call(args | {"segment_ids": jnp.zeros((1, 4), jnp.int32)})
+        with pytest.raises(NotImplementedError, match="pallas_tpu: segments"):
+            call(
+                args | {"segment_ids": jnp.zeros((1, 4), jnp.int32)}, implementation="pallas_tpu"
+            )
+        with pytest.raises(NotImplementedError, match="a step needs .* MiB of VMEM"):
+            wide = ArgSpec(length=64, heads=128, kv_heads=1, dim=256, value_dim=256).shapes()
+            f = partial(gated_linear_attention, implementation="pallas_tpu")
+            jax.eval_shape(f, wide["q"], wide["k"], wide["v"])
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("aot_target", ["tpu_v5e", "tpu_v6e"], indirect=True)
+@pytest.mark.parametrize("gate", ["channel", "head", "none"])
+def test_forward_and_backward_compile_for_tpu(aot_target, gate):
+    """At a benchmark shape, and in float32 with grouped heads of SmolLM2's size."""
+    wide = BENCH[f"{gate} B=2 L=2048 N=16 D=128 bf16"]
+    small = ArgSpec(length=200, heads=9, kv_heads=3, dim=64, value_dim=64, gate=gate, state=True)
+    run = lambda args: call({"log_decay": None} | args, implementation="pallas_tpu")
+    loss = lambda args: sum(jnp.sum(x.astype(jnp.float32)) for x in run(args))
+    for spec in (wide, small):
+        args = {name: x for name, x in spec.shapes().items() if x is not None}
+        assert len(aot.compile(run, args, target=aot_target).kernels) == 1
+        assert len(aot.compile(jax.grad(loss), args, target=aot_target).kernels) == 2
