@@ -2,9 +2,11 @@
 
 from flora_jax.attention.conv_share import ConvShare as ConvShare
 from flora_jax.attention.distil import Distil as Distil
+from flora_jax.attention.gla import GLA as GLA
 from flora_jax.attention.hedgehog import Hedgehog as Hedgehog
 from flora_jax.attention.hedgehog import LoLCATs as LoLCATs
 from flora_jax.attention.inline import InLine as InLine
+from flora_jax.attention.liger import Liger as Liger
 from flora_jax.attention.linear import LinearAttention as LinearAttention
 from flora_jax.attention.lit import LiT as LiT
 from flora_jax.attention.masks import Causal as Causal

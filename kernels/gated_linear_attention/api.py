@@ -11,6 +11,7 @@ from flora_jax.core.errors import ConfigError
 from flora_jax.kernels import dispatch
 from flora_jax.kernels.gated_linear_attention.reference import reference
 from flora_jax.kernels.gated_linear_attention.xla import xla
+from flora_jax.kernels.manual_axes import together
 
 
 def _pallas_tpu(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
@@ -72,22 +73,16 @@ def gated_linear_attention(
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay[..., None]
     if initial_state is None:
-        # Made of k and v so that it varies over the same mesh axes inside shard_map.
-        first = k[:, 0, :, :, None].astype(jnp.float32) * v[:, 0, :, None, :]
-        initial_state = jnp.zeros_like(first)
+        initial_state = jnp.zeros((batch, k.shape[2], dim, v.shape[3]), jnp.float32)
     segments = None
     if segment_ids is not None:
         changed = segment_ids[:, 1:] != segment_ids[:, :-1]
         segments = jnp.pad(jnp.cumsum(changed, axis=1), ((0, 0), (1, 0))).astype(jnp.int32)
+    arrays = together(q, k, v, log_decay, initial_state.astype(jnp.float32), segments)
     return dispatch.run(
         "gated_linear_attention",
         TABLE,
-        q,
-        k,
-        v,
-        log_decay,
-        initial_state.astype(jnp.float32),
-        segments,
+        *arrays,
         scale=dim**-0.5 if scale is None else float(scale),
         chunk=chunk,
         implementation=implementation,

@@ -71,6 +71,10 @@ CASES: dict[str, Case] = {
         attention.InLine(division=True, feature_map="relu", residual=False, chunk=5)
     ),
     "LiT": Case(attention.LiT(window=3), (9 + 1) * 32, mask=attention.Full(), shuffles=False),
+    "GLA": Case(attention.GLA(chunk=4, rank=3), 3 * (32 + 16) + 16 + 8 + 32 * 32),
+    "Liger": Case(attention.Liger(window=4, chunk=4)),
+    "Liger-hgrn2": Case(attention.Liger(form="hgrn2", window=3, chunk=8)),
+    "Liger-no-window": Case(attention.Liger(weights=(0.0, 1.0), chunk=4)),
 }
 CAUSAL = [n for n, c in CASES.items() if attention.Causal in c.variant.masks]
 BIDIRECTIONAL = [n for n, c in CASES.items() if attention.Full in c.variant.masks]
