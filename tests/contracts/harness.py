@@ -1,8 +1,13 @@
-"""Every adapter case and every kind of layer that the contracts cross."""
+"""Every adapter case and every kind of layer that the contracts cross.
+
+Hundreds of cases, whose time is XLA's: NumPy makes the values, and what a contract computes is one
+jitted function, because each eager operation on a new shape is a program to compile.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -102,8 +107,13 @@ class Layer:
         return len(self.spec.out_axes)
 
 
+def normal(seed: int, *shape: int, dtype: Any = np.float32) -> jax.Array:
+    """Random values without a program."""
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape, np.float32).astype(dtype))
+
+
 def _x(*shape: int) -> Callable[[], jax.Array]:
-    return lambda: jax.random.normal(jax.random.key(7), shape)
+    return lambda: normal(7, *shape)
 
 
 def _ids() -> jax.Array:
@@ -223,7 +233,7 @@ def layer_of(name: str, kind: str) -> Layer:
 
 def features(x: jax.Array) -> jax.Array:
     """What per-example methods make weights of, for every row of an input."""
-    return jax.random.normal(jax.random.key(13), (len(x), 3, 4))
+    return normal(13, len(x), 3, 4)
 
 
 def bind(params: Any, adapters: Any, plan: Any, x: jax.Array, **options: Any) -> Any:
@@ -241,9 +251,9 @@ def merged_rows(params: Any, adapters: Any, plan: Any, x: jax.Array, **options: 
 
 
 def base_params(layer: Layer, dtype=jnp.float32) -> dict[str, Any]:
-    params = {layer.name: jax.random.normal(jax.random.key(3), layer.shape, dtype)}
+    params = {layer.name: normal(3, *layer.shape, dtype=dtype)}
     if layer.bias:
-        params["bias"] = jax.random.normal(jax.random.key(4), (layer.bias,), dtype)
+        params["bias"] = normal(4, layer.bias, dtype=dtype)
     return params
 
 
@@ -271,20 +281,56 @@ def make_stats(plan: flora.Plan) -> dict[str, dict[str, jax.Array]]:
 
 def fresh(plan: flora.Plan, params: Any, seed: int = 0) -> Any:
     """``flora.init`` with statistics for the methods that start from their inputs."""
-    return flora.init(plan, jax.random.key(seed), params, stats=make_stats(plan))
+    stats = make_stats(plan)
+    return jax.jit(lambda p: flora.init(plan, jax.random.key(seed), p, stats=stats))(params)
 
 
 def random_like(tree: Any, seed: int = 11) -> Any:
     """Trained adapters: every array moved by noise, so that no branch is zero."""
-    leaves, treedef = jax.tree.flatten(tree)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
-    moved = [l + 0.3 * jax.random.normal(k, l.shape, l.dtype) for k, l in zip(keys, leaves)]
-    return jax.tree.unflatten(treedef, moved)
+    draw = np.random.default_rng(seed).standard_normal
+
+    def moved(leaf: jax.Array) -> jax.Array:
+        noise = 0.3 * draw(leaf.shape, np.float32)
+        return jnp.asarray((np.asarray(leaf) + noise).astype(leaf.dtype))
+
+    return jax.tree.map(moved, tree)
 
 
-def perturbed(plan: flora.Plan, adapters: Any) -> Any:
+def perturbed(plan: flora.Plan, adapters: Any, seed: int = 11) -> Any:
     train, frozen = flora.partition(adapters, plan)
-    return flora.combine(random_like(train), frozen)
+    return flora.combine(random_like(train, seed), frozen)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A method on a kind of layer, at its start and after training."""
+
+    layer: Layer
+    params: Any
+    x: jax.Array
+    plan: flora.Plan
+    start: Any
+    moved: Any
+
+
+@functools.cache
+def case(name: str, kind: str) -> Case:
+    """The case that several contracts look at, made once."""
+    return case_of(layer_of(name, kind), ADAPTERS[name][0])
+
+
+def case_of(layer: Layer, adapter: Any) -> Case:
+    params = base_params(layer)
+    plan = make_plan(layer, adapter, params)
+    start = fresh(plan, params)
+    return Case(layer, params, layer.x(), plan, start, perturbed(plan, start))
+
+
+@functools.cache
+def other(kind: str, stack: bool = False) -> Case:
+    """A LoRA on the layer, to be another adapter beside a case's own."""
+    layer = layer_of(sorted(NEEDS_STACK)[0], kind) if stack else LAYERS[kind]
+    return case_of(layer, flora.LoRA(rank=2))
 
 
 def _bottleneck(arrays: Any, pool: Any, y: jax.Array) -> jax.Array:
@@ -314,19 +360,23 @@ def merges(name: str) -> bool:
 
 def expected(
     name: str, layer: Layer, params: Any, adapters: Any, plan: flora.Plan, x: jax.Array
-) -> jax.Array:
-    """The adapted layer by other means: the merged weight, or the method's formula written out."""
+) -> tuple[Any, jax.Array]:
+    """``(merged parameters, output)`` by other means: the merged weight or the written formula.
+
+    The merged parameters are those of the first row, and the base of methods that do not merge.
+    """
     if merges(name):
-        parts = merged_rows(params, adapters, plan, x)
-        return jnp.concatenate([run(layer, merged, x[rows]) for rows, merged in parts])
+        parts = list(merged_rows(params, adapters, plan, x))
+        y = jnp.concatenate([run(layer, merged, x[rows]) for rows, merged in parts])
+        return parts[0][1], y
     arrays = adapters[layer.name]
     pool = next((adapters[pool.path] for pool in plan.pools), None)
     y = run(layer, params, x)
     if layer.spec.batch_axes:
         formula = lambda a, y: FORMULAS[name](a, pool, y)
-        return jax.vmap(formula)(arrays, y)
+        return params, jax.vmap(formula)(arrays, y)
     lead = y.shape[: y.ndim - (1 if layer.spec.kind.startswith("conv") else layer.n_out)]
-    return FORMULAS[name](arrays, pool, y.reshape(*lead, -1)).reshape(y.shape)
+    return params, FORMULAS[name](arrays, pool, y.reshape(*lead, -1)).reshape(y.shape)
 
 
 def run(layer: Layer, tree: Any, x: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 
 import harness
@@ -17,6 +18,7 @@ from harness import (
     PAIRS,
     REFUSED,
     bind,
+    case,
     fresh,
     layer_of,
     make_plan,
@@ -32,9 +34,7 @@ from flora_jax.core.errors import PlanError
 from flora_jax.core.spec import KernelSpec
 
 # Methods whose arrays stand in the weight's place.
-REPLACING = [
-    n for n, (a, _) in ADAPTERS.items() if type(a).value is not Adapter.value
-]
+REPLACING = [n for n, (a, _) in ADAPTERS.items() if type(a).value is not Adapter.value]
 TOLERANCE = {"float32": 2e-5, "bfloat16": 6e-2}
 
 
@@ -56,41 +56,41 @@ def test_refused_combinations_say_so(pair):
         make_plan(layer, ADAPTERS[pair[0]][0], harness.base_params(layer))
 
 
+@functools.cache
+def plain_output(kind, stacked):
+    """What the layer alone makes of its input."""
+    layer = layer_of(sorted(NEEDS_STACK)[0], kind) if stacked else LAYERS[kind]
+    return np.asarray(run(layer, harness.base_params(layer), layer.x()))
+
+
 @pytest.mark.parametrize(("name", "kind"), PAIRS)
 def test_identity_lazy_dense_and_gradients(name, kind):
     """C1 identity, C2 merge, C3 gradients, C5 jit: one trace each."""
-    layer, adapter = layer_of(name, kind), ADAPTERS[name][0]
-    params, x = harness.base_params(layer), layer.x()
-    plan = make_plan(layer, adapter, params)
-    adapters = fresh(plan, params)
+    one = case(name, kind)
+    layer, params, x, plan = one.layer, one.params, one.x, one.plan
 
     @jax.jit
     def everything(params, adapters, x):
         loss = lambda a: jnp.sum(jnp.square(run(layer, bind(params, a, plan, x), x)))
-        bound = bind(params, adapters, plan, x)
-        merged = params
-        if harness.merges(name):
-            _, merged = next(merged_rows(params, adapters, plan, x))
-        grads = jax.grad(loss)(adapters)
-        other = harness.expected(name, layer, params, adapters, plan, x)
-        return run(layer, bound, x), merged, other, grads
+        lazy = run(layer, bind(params, adapters, plan, x), x)
+        merged, dense = harness.expected(name, layer, params, adapters, plan, x)
+        return lazy, merged, dense, jax.grad(loss)(adapters)
 
-    before = run(layer, params, x)
-    start = everything(params, adapters, x)[0]
+    before = plain_output(kind, name in NEEDS_STACK)
+    start = jax.device_get(everything(params, one.start, x)[0])
     if name in harness.NOT_IDENTITY:
         change = np.linalg.norm(start - before) / np.linalg.norm(before)
         assert 0 < change < harness.NOT_IDENTITY[name]
     else:
         close(start, before, 2e-5)
 
-    moved = perturbed(plan, adapters)
-    lazy, merged, dense, grads = everything(params, moved, x)
+    lazy, merged, dense, grads = jax.device_get(everything(params, one.moved, x))
     assert everything._cache_size() == 1, "a new set of values must not recompile"
     assert jax.tree.map(jnp.shape, merged) == jax.tree.map(jnp.shape, params)
     close(lazy, dense, 2e-5)
     if not harness.merges(name):
         with pytest.raises(PlanError, match=f"^{layer.name}: .* does not merge"):
-            flora.materialize(bind(params, moved, plan, x))
+            flora.materialize(bind(params, one.moved, plan, x))
     assert np.abs(lazy - before).max() > 1e-3, "the adapter does nothing"
 
     train, frozen = flora.partition(grads, plan)
@@ -125,13 +125,16 @@ def test_bfloat16_base_float32_adapter(name, kind):
     x = x if kind == "embedding" else x.astype(jnp.bfloat16)
     plan = make_plan(layer, adapter, params)
     adapters = perturbed(plan, fresh(plan, params))
-    lazy = run(layer, bind(params, adapters, plan, x), x)
-    assert lazy.dtype == jnp.bfloat16
 
-    if harness.merges(name):
-        _, merged = next(merged_rows(params, adapters, plan, x))
-        assert merged[layer.name].dtype == jnp.bfloat16 or name == "Replace"
-    close(lazy, harness.expected(name, layer, params, adapters, plan, x), TOLERANCE["bfloat16"])
+    @jax.jit
+    def both(params, adapters, x):
+        lazy = run(layer, bind(params, adapters, plan, x), x)
+        return lazy, *harness.expected(name, layer, params, adapters, plan, x)
+
+    lazy, merged, dense = both(params, adapters, x)
+    assert lazy.dtype == jnp.bfloat16
+    assert merged[layer.name].dtype == jnp.bfloat16 or name == "Replace"
+    close(lazy, dense, TOLERANCE["bfloat16"])
 
 
 @pytest.mark.parametrize("fmt", [flora.Format("int8"), flora.Format("int4", block=4)], ids=str)
@@ -139,51 +142,68 @@ def test_bfloat16_base_float32_adapter(name, kind):
 def test_quantised_base(name, fmt):
     """The adapter on a low-bit base equals the adapter on the dequantised base; merging asks."""
     layer, adapter = LAYERS["dense"], ADAPTERS[name][0]
-    params = harness.base_params(layer)
+    params, x = harness.base_params(layer), layer.x()
     low = flora.quantize(params, {layer.name: fmt})
     plain = flora.dequantize(low)
     plan = make_plan(layer, adapter, low)
     adapters = perturbed(plan, fresh(plan, low))
-    x = layer.x()
-    bound = bind(low, adapters, plan, x)
-    close(run(layer, bound, x), run(layer, bind(plain, adapters, plan, x), x), 2e-5)
-    bound = bind(low, adapters, plan, x[:1])
+
+    @jax.jit
+    def outputs(low, plain, adapters, x):
+        both = [run(layer, bind(base, adapters, plan, x), x) for base in (low, plain)]
+        return both, bind(low, adapters, plan, x[:1])
+
+    both, bound = outputs(low, plain, adapters, x)
+    close(*both, 2e-5)
     with pytest.raises(PlanError, match="low-bit base"):
         flora.materialize(bound)
     if not harness.merges(name):
         with pytest.raises(PlanError, match="does not merge"):
             flora.materialize(bound, quantized="dequantize")
         return
-    merged = flora.materialize(bound, quantized="dequantize")
-    close(run(layer, merged, x), run(layer, bound, x), 2e-5)
+
+    @jax.jit
+    def merge(bound, x):
+        merged = flora.materialize(bound, quantized="dequantize")
+        return merged, run(layer, merged, x), run(layer, bound, x)
+
+    merged, after, before = merge(bound, x)
+    close(after, before, 2e-5)
     rounded, report = flora.requantize(bound, original=params)
     again, row = rounded[layer.name], report[layer.name]
     assert again.fmt == fmt and [r.path for r in report] == [layer.name]
     norm = lambda x: np.linalg.norm(np.asarray(x, np.float64))
-    lost = norm(again.dense() - merged[layer.name])
-    change = norm(merged[layer.name] - plain[layer.name])
-    np.testing.assert_allclose(row.error, lost / norm(merged[layer.name]), rtol=1e-3)
+    dense, merged, plain, base = (
+        np.asarray(a)
+        for a in (again.dense(), merged[layer.name], plain[layer.name], params[layer.name])
+    )
+    lost, change = norm(dense - merged), norm(merged - plain)
+    np.testing.assert_allclose(row.error, lost / norm(merged), rtol=1e-3)
     np.testing.assert_allclose(row.of_change, lost / change, rtol=1e-3)
-    base = norm(plain[layer.name] - params[layer.name]) / norm(params[layer.name])
-    np.testing.assert_allclose(row.base, base, rtol=1e-3)
+    np.testing.assert_allclose(row.base, norm(plain - base) / norm(base), rtol=1e-3)
     step = np.asarray(again.scale).max()
-    assert np.abs(again.dense() - merged[layer.name]).max() <= 0.5 * step + 1e-6
+    assert np.abs(dense - merged).max() <= 0.5 * step + 1e-6
 
 
 @pytest.mark.parametrize("name", REPLACING)
 def test_a_replaced_weight_starts_from_the_dequantised_base(name):
     """Methods whose arrays stand in the weight's place read a low-bit base, then leave it."""
     adapter = ADAPTERS[name][0]
-    params = {"layers": {"kernel": jax.random.normal(jax.random.key(3), (2, 12, 8))}}
+    params = {"layers": {"kernel": harness.normal(3, 2, 12, 8)}}
     low = flora.quantize(params, {".*": flora.Format("int8")})
     plan = flora.plan(low, {".*": adapter})
+
+    @jax.jit
+    def merge(base, trees):
+        alone = flora.materialize(flora.bind(base, trees["one"], plan))
+        both = flora.materialize(flora.bind(base, trees, plan, weights={"one": 1.0, "two": 0.5}))
+        return [alone["layers"]["kernel"], both["layers"]["kernel"]]
+
     kernels, trees = [], {}
     for base in (low, flora.dequantize(low)):
         trees["one"] = fresh(plan, base)
         trees["two"] = perturbed(plan, trees["one"])
-        alone = flora.materialize(flora.bind(base, trees["one"], plan))
-        both = flora.materialize(flora.bind(base, trees, plan, weights={"one": 1.0, "two": 0.5}))
-        kernels.append([alone["layers"]["kernel"], both["layers"]["kernel"]])
+        kernels.append(merge(base, trees))
     close(kernels[0][0], flora.dequantize(low)["layers"]["kernel"], 2e-5)
     jax.tree.map(lambda a, b: close(a, b, 2e-5), *kernels)
 
@@ -199,87 +219,103 @@ def test_a_method_of_the_stack_refuses_an_unrolled_model(name):
 def test_stack_equals_loop_and_scan(name):
     """vmapped init and merge == a loop over the unrolled model; lazily inside lax.scan."""
     adapter = ADAPTERS[name][0]
-    square = jax.random.normal(jax.random.key(5), (3, 8, 8)) / 3
+    square = harness.normal(5, 3, 8, 8) / 3
     stacked = {"layers": {"kernel": square}}
     unrolled = {f"layers_{i}": {"kernel": square[i]} for i in range(3)}
     plan = flora.plan(stacked, {"layers/kernel": adapter})
+    adapters = fresh(plan, stacked)
+    moved = perturbed(plan, adapters)
+    scanned, x = _scan_equals_merge(name, stacked, moved, plan)
     if name in NEEDS_STACK:
-        moved = perturbed(plan, fresh(plan, stacked))
-        _scan_equals_merge(name, stacked, moved, plan)
         return
     plans = flora.plan(unrolled, {"layers/kernel": adapter})
     assert plan.count == plans.count
-    adapters = fresh(plan, stacked)
     loop = fresh(plans, unrolled)
     pools = [pool.path for pool in plan.pools]
     assert pools == [pool.path for pool in plans.pools]
-    for i in range(3):
-        mine = jax.tree.map(lambda a, i=i: a[i], adapters["layers/kernel"])
-        jax.tree.map(lambda a, b: close(a, b, 1e-5), mine, loop[f"layers_{i}/kernel"])
-    jax.tree.map(
-        lambda a, b: close(a, b, 1e-5), *({p: t[p] for p in pools} for t in (adapters, loop))
-    )
-    moved = perturbed(plan, adapters)
-    loop = {
-        f"layers_{i}/kernel": jax.tree.map(lambda a, i=i: a[i], moved["layers/kernel"])
-        for i in range(3)
-    } | {path: moved[path] for path in pools}
-    scanned, x = _scan_equals_merge(name, stacked, moved, plan)
-    one_by_one = x
-    tree = bind(unrolled, loop, plans, x)
-    for i in range(3):
-        one_by_one = jnp.tanh(ops.dot(one_by_one, tree[f"layers_{i}"]["kernel"]))
-    close(scanned, one_by_one, 2e-5)
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), _unrolled(adapters), dict(loop))
+
+    @jax.jit
+    def one_by_one(unrolled, loop, x):
+        tree = bind(unrolled, loop, plans, x)
+        for i in range(3):
+            x = jnp.tanh(ops.dot(x, tree[f"layers_{i}"]["kernel"]))
+        return x
+
+    close(scanned, one_by_one(unrolled, _unrolled(moved), x), 2e-5)
+
+
+def _unrolled(adapters):
+    """The layers of a stack by name; what the layers share stays."""
+    shared = {path: arrays for path, arrays in adapters.items() if path != "layers/kernel"}
+    layers = jax.tree.map(np.asarray, adapters["layers/kernel"])
+    return shared | {
+        f"layers_{i}/kernel": jax.tree.map(lambda a, i=i: a[i], layers) for i in range(3)
+    }
 
 
 def _scan_equals_merge(name, stacked, adapters, plan):
-    x = jax.random.normal(jax.random.key(6), (2, 8))
-    bound = bind(stacked, adapters, plan, x)
+    x = harness.normal(6, 2, 8)
 
     def body(x, layer):
         return jnp.tanh(ops.dot(x, layer["kernel"])), None
 
-    scanned, _ = jax.lax.scan(jax.checkpoint(body), x, bound["layers"])
+    @jax.jit
+    def both(stacked, adapters, x):
+        scanned, _ = jax.lax.scan(
+            jax.checkpoint(body), x, bind(stacked, adapters, plan, x)["layers"]
+        )
+        if not harness.merges(name):
+            return scanned, scanned
+        by_merge = []
+        for rows, merged in merged_rows(stacked, adapters, plan, x):
+            y = x[rows]
+            for kernel in merged["layers"]["kernel"]:
+                y = jnp.tanh(y @ kernel)
+            by_merge.append(y)
+        return scanned, jnp.concatenate(by_merge)
+
+    scanned, by_merge = both(stacked, adapters, x)
+    close(scanned, by_merge, 2e-5)
     if not harness.merges(name):
         with pytest.raises(PlanError, match="^layers/kernel: .* does not merge"):
-            flora.materialize(bound)
-        return scanned, x
-    for rows, merged in merged_rows(stacked, adapters, plan, x):
-        by_merge = x[rows]
-        for kernel in merged["layers"]["kernel"]:
-            by_merge = jnp.tanh(by_merge @ kernel)
-        close(scanned[rows], by_merge, 2e-5)
+            flora.materialize(bind(stacked, adapters, plan, x))
     return scanned, x
 
 
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_two_named_adapters_add_their_changes(name):
     """bind({name: tree}, weights) = W0 + sum_i w_i (W_i - W0), for any method."""
-    layer, adapter = layer_of(name, "dense"), ADAPTERS[name][0]
-    params, x = harness.base_params(layer), layer.x()
-    plan = make_plan(layer, adapter, params)
-    lora = make_plan(layer, flora.LoRA(rank=2), params)
-    one = perturbed(plan, fresh(plan, params))
-    two = perturbed(lora, fresh(lora, params, 1))
-    plans, trees = {"one": plan, "two": lora}, {"one": one, "two": two}
+    one = case(name, "dense")
+    two = harness.other("dense", name in NEEDS_STACK)
+    layer, params, x = one.layer, one.params, one.x
+    plans, trees = {"one": one.plan, "two": two.plan}, {"one": one.moved, "two": two.moved}
     weights = {"one": 0.5, "two": -2.0}
-    both = bind(params, trees, plans, x, weights=weights)
-    plain = run(layer, params, x)
-    changes = [
-        run(layer, bind(params, a, p, x), x) - plain for a, p in ((one, plan), (two, lora))
-    ]
-    close(run(layer, both, x), plain + 0.5 * changes[0] - 2.0 * changes[1], 5e-5)
+
+    @jax.jit
+    def all_outputs(params, trees, x):
+        both = bind(params, trees, plans, x, weights=weights)
+        alone = [bind(params, trees[name], plans[name], x) for name in plans]
+        return [run(layer, tree, x) for tree in (both, params, *alone)]
+
+    both, plain, *alone = map(np.asarray, all_outputs(params, trees, x))
+    close(both, plain + 0.5 * (alone[0] - plain) - 2.0 * (alone[1] - plain), 5e-5)
     if not harness.merges(name):
         with pytest.raises(PlanError, match="does not merge"):
-            flora.materialize(both)
+            flora.materialize(bind(params, trees, plans, x, weights=weights))
         return
-    x = x[:1]  # one row's weights merge, whatever the method
-    merge = lambda a, p, **options: next(merged_rows(params, a, p, x, **options))[1]
-    delta = lambda a, p: jax.tree.map(jnp.subtract, merge(a, p), params)
+
+    @jax.jit
+    def all_merged(params, trees, x):
+        merge = lambda a, p, **options: next(merged_rows(params, a, p, x, **options))[1]
+        alone = [merge(trees[name], plans[name]) for name in plans]
+        return merge(trees, plans, weights=weights), *alone
+
+    one_row = np.asarray(x)[:1]  # one row's weights merge, whatever the method
+    merged, *alone = jax.device_get(all_merged(params, trees, one_row))
     expected = jax.tree.map(
-        lambda w, d1, d2: w + 0.5 * d1 - 2.0 * d2, params, delta(one, plan), delta(two, lora)
+        lambda w, w1, w2: w + 0.5 * (w1 - w) - 2.0 * (w2 - w), jax.device_get(params), *alone
     )
-    merged = merge(trees, plans, weights=weights)
     jax.tree.map(lambda a, b: close(a, b, 5e-5), merged, expected)
 
 
@@ -289,30 +325,32 @@ ROW_KINDS = ("dense", "einsum-out", "conv", "embedding", "tied-head")
 @pytest.mark.parametrize(("name", "kind"), [p for p in PAIRS if p[1] in ROW_KINDS])
 def test_rows_choose_among_adapters(name, kind):
     """bind(rows=...) == each row alone under its adapter: two of a method, a LoRA, the base."""
-    layer, adapter = layer_of(name, kind), ADAPTERS[name][0]
-    params, x = harness.base_params(layer), layer.x()
-    x = jnp.concatenate([x, 0 * x, x])[:5] if kind != "embedding" else jnp.tile(x, (3, 1))[:5]
-    plan = make_plan(layer, adapter, params)
-    lora = make_plan(layer, flora.LoRA(rank=2), params)
-    one = perturbed(plan, fresh(plan, params))
-    two = perturbed(plan, one)
-    three = perturbed(lora, fresh(lora, params, 1))
-    plans = {"one": plan, "two": plan, "three": lora}
-    trees = {"one": one, "two": two, "three": three}
+    one, lora = case(name, kind), harness.other(kind, name in NEEDS_STACK)
+    layer, params, plan = one.layer, one.params, one.plan
+    x = np.asarray(one.x)
+    x = np.concatenate([x, 0 * x, x])[:5] if kind != "embedding" else np.tile(x, (3, 1))[:5]
+    # Rows count the names of the trees, which jit hands over in sorted order.
+    plans = {"a": plan, "b": plan, "c": lora.plan}
+    trees = {"a": one.moved, "b": perturbed(plan, one.moved, 12), "c": lora.moved}
 
     @jax.jit
-    def mixed(rows, x):
+    def mixed(params, trees, rows, x):
         return run(layer, bind(params, trees, plans, x, rows=rows), x)
 
+    @jax.jit
+    def alone(params, trees, x):
+        bound = [bind(params, trees[name], plans[name], x) for name in plans]
+        return [run(layer, tree, x) for tree in (*bound, params)]  # rows of -1 have the base
+
+    wanted = jax.device_get(alone(params, trees, x))
     for rows in ([0, 1, 2, -1, 1], [2, -1, -1, 0, 0]):
-        y = mixed(jnp.array(rows), x)
+        y = np.asarray(mixed(params, trees, jnp.array(rows), x))
         for n, row in enumerate(rows):
-            key = list(plans)[row] if row >= 0 else None
-            tree = params if key is None else bind(params, trees[key], plans[key], x)
-            close(y[n : n + 1], run(layer, tree, x)[n : n + 1], 5e-5)
+            close(y[n : n + 1], wanted[row][n : n + 1], 5e-5)
     assert mixed._cache_size() == 1, "other rows must not recompile"
+    bind_rows = lambda: bind(params, trees, plans, x, rows=jnp.zeros(5, int))
     with pytest.raises(PlanError, match="one merged weight"):
-        flora.materialize(bind(params, trees, plans, x, rows=jnp.zeros(5, int)))
+        jax.eval_shape(lambda: flora.materialize(bind_rows()))
 
 
 # A shared rotation has no blocks of its own to drop.
@@ -325,23 +363,20 @@ NOT_ON_AVERAGE = ("DoRA", "Hydra-seq", "OFT")
     "name", [n for n, (a, _) in ADAPTERS.items() if hasattr(a, "dropout") and n not in NO_DROPOUT]
 )
 def test_dropout_touches_the_branch_only_while_training(name):
-    layer = LAYERS["dense"]
-    adapter = dataclasses.replace(ADAPTERS[name][0], dropout=0.5)
-    params, x = harness.base_params(layer), layer.x()
-    plan = make_plan(layer, adapter, params)
-    moved = perturbed(plan, fresh(plan, params))
+    one = harness.case_of(LAYERS["dense"], dataclasses.replace(ADAPTERS[name][0], dropout=0.5))
+    layer, params, x, plan, moved = one.layer, one.params, one.x, one.plan, one.moved
+
+    def output(key, **options):
+        return run(layer, bind(params, moved, plan, x, rng=key, **options), x)
+
+    outputs = jax.jit(lambda key: (output(None), output(key, train=False), output(key, train=True)))
     key = jax.random.key(1)
-    plain = run(layer, bind(params, moved, plan, x), x)
-    asleep = run(layer, bind(params, moved, plan, x, rng=key, train=False), x)
+    plain, asleep, awake = jax.device_get(outputs(key))
     np.testing.assert_array_equal(plain, asleep)
-    awake = run(layer, bind(params, moved, plan, x, rng=key, train=True), x)
-    again = run(layer, bind(params, moved, plan, x, rng=key, train=True), x)
-    np.testing.assert_array_equal(awake, again)
+    np.testing.assert_array_equal(awake, outputs(key)[2])
     assert np.abs(awake - plain).max() > 1e-3
-    f = jax.jit(
-        jax.vmap(lambda k: run(layer, flora.bind(params, moved, plan, rng=k, train=True), x))
-    )
-    samples = np.asarray(f(jax.random.split(key, 4000)))
+    samples = jax.jit(jax.vmap(lambda k: output(k, train=True)))
+    samples = np.asarray(samples(jax.random.split(key, 4000)))
     error = 5 * samples.std(0).max() / np.sqrt(4000)
     if not name.startswith(NOT_ON_AVERAGE):
         assert np.abs(samples.mean(0) - plain).max() < error

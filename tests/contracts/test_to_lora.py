@@ -2,10 +2,9 @@
 
 import harness
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from harness import ADAPTERS, LAYERS, PAIRS, make_plan, perturbed
+from harness import LAYERS, PAIRS, case
 
 import flora_jax as flora
 from flora_jax.core.errors import PlanError
@@ -34,10 +33,19 @@ ROW = harness.features(range(1))  # per-example methods are converted for one ro
 
 
 def moved(name, kind):
-    layer = harness.layer_of(name, kind)
-    params = harness.base_params(layer)
-    plan = make_plan(layer, ADAPTERS[name][0], params)
-    return params, plan, perturbed(plan, harness.fresh(plan, params))
+    one = case(name, kind)
+    return one.params, one.plan, one.moved
+
+
+def merged_both(params, plan, adapters, converted, arrays):
+    """The weights of a method and of the LoRA made of it."""
+
+    @jax.jit
+    def merge(params, adapters, arrays):
+        bound = flora.bind(params, adapters, plan, example=ROW)
+        return flora.materialize(bound), flora.materialize(flora.bind(params, arrays, converted))
+
+    return jax.device_get(merge(params, adapters, arrays))
 
 
 @pytest.mark.parametrize(("name", "kind"), [p for p in PAIRS if p[1] in KINDS[:1] + KINDS[3:4]])
@@ -48,8 +56,7 @@ def test_full_rank_is_lossless(name, kind):
             flora.to_lora(params, adapters, plan, rank=8)
         return
     converted, arrays, report = flora.to_lora(params, adapters, plan, rank=8, example=ROW)
-    expected = flora.materialize(flora.bind(params, adapters, plan, example=ROW))
-    found = flora.materialize(flora.bind(params, arrays, converted))
+    expected, found = merged_both(params, plan, adapters, converted, arrays)
     for leaf, wanted in zip(jax.tree.leaves(found), jax.tree.leaves(expected)):
         np.testing.assert_allclose(leaf, wanted, atol=3e-5 * max(1.0, np.abs(wanted).max()))
     (row,) = (row for row in report if row.form == "lora")
@@ -62,8 +69,7 @@ def test_exact_without_a_limit(name):
     converted, arrays, report = flora.to_lora(params, adapters, plan, example=ROW)
     assert [(row.rank, row.exact) for row in report] == [(EXACT[name], True)]
     assert converted.count == EXACT[name] * 20 + (8 if "bias" in arrays["kernel"] else 0)
-    expected = flora.materialize(flora.bind(params, adapters, plan, example=ROW))
-    found = flora.materialize(flora.bind(params, arrays, converted))
+    expected, found = merged_both(params, plan, adapters, converted, arrays)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
 
 
@@ -74,10 +80,14 @@ def test_exact_on_every_kind_of_kernel(name, kind):
     converted, arrays, report = flora.to_lora(params, adapters, plan)
     assert report[LAYERS[kind].name].exact
     layer = LAYERS[kind]
-    run = jax.jit(lambda tree: harness.run(layer, tree, layer.x()))
-    expected = run(flora.bind(params, adapters, plan))
-    found = run(flora.bind(params, arrays, converted))
-    np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, jnp.abs(expected).max()))
+
+    @jax.jit
+    def outputs(params, adapters, arrays, x):
+        trees = flora.bind(params, adapters, plan), flora.bind(params, arrays, converted)
+        return [harness.run(layer, tree, x) for tree in trees]
+
+    expected, found = jax.device_get(outputs(params, adapters, arrays, layer.x()))
+    np.testing.assert_allclose(found, expected, atol=1e-4 * max(1.0, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("name", ["DoRA", "IA3", "Replace"])
