@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from flora_jax.attention import (
@@ -210,32 +211,37 @@ def test_the_report_never_holds_all_weights():
 
 
 def test_distilled_maps_are_spiky_and_follow_the_scores():
-    """200 steps: nearer to softmax than elu + 1, lower entropy, weights in the order of q . k."""
-    q, k, v = qkv(length=64, scale=1.4)
+    """Far nearer to softmax than elu + 1, lower entropy, weights in the order of q . k.
+
+    With larger scores the order of the smallest weights, which the loss hardly feels, is lost:
+    the rank correlation was 0.85 at unit deviation and 0.66 at twice that.
+    """
+    q, k, v = qkv(length=64, scale=0.5)
     student = Distil(student=Hedgehog(), rows=32)
     params = student.init(jax.random.key(0), SIZES, jnp.float32)
+    adam = optax.adam(1e-2)
 
     @jax.jit
-    def step(carry, _):
-        params, speed = carry
-        loss = lambda p: student.attend(p, q, k, v)[1]["xent"].mean()
-        value, grads = jax.value_and_grad(loss)(params)
-        speed = jax.tree.map(lambda s, g: 0.9 * s + g, speed, grads)
-        return (jax.tree.map(lambda p, s: p - 0.1 * s, params, speed), speed), value
+    def trained(params):
+        def step(carry, _):
+            params, memory = carry
+            loss = lambda p: student.attend(p, q, k, v)[1]["xent"].mean()
+            updates, memory = adam.update(jax.grad(loss)(params), memory)
+            return (optax.apply_updates(params, updates), memory), None
 
-    zeros = jax.tree.map(jnp.zeros_like, params)
-    (params, _), losses = jax.lax.scan(step, (params, zeros), length=200)
-    assert losses[-1] < losses[0]
+        return jax.lax.scan(step, (params, adam.init(params)), length=500)[0][0]
+
+    params = trained(params)
     softmax = weights(Softmax(), {}, q, k)
     ours = weights(student.student, params, q, k)
     elu1 = weights(LinearAttention(), {}, q, k)
     log = lambda a: jnp.log(jnp.maximum(a, 1e-12))
     kl = lambda a: (softmax * (log(softmax) - log(a))).sum(-1).mean()
     entropy = lambda a: -(a * log(a)).sum(-1).mean()
-    assert kl(ours) < 0.5 * kl(elu1)
+    assert kl(ours) < 0.2 * kl(elu1)
     assert entropy(ours) < entropy(elu1)
     scores = np.asarray(jnp.einsum("bqnd,bkd->nqk", q, k[:, :, 0]))
-    assert spearman(ours, scores) > spearman(elu1, scores) + 0.2
+    assert spearman(ours, scores) > 0.9 > spearman(elu1, scores)
 
 
 def spearman(weights, scores):
