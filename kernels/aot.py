@@ -56,8 +56,7 @@ class Target:
       topology: keyword arguments of the topology.
       wheel: the distribution that holds the compiler.
       module: a module of that distribution.
-      flops: peak dense bf16 operations per second, from the data sheet.
-      bandwidth: memory bytes per second, from the data sheet.
+      device: the device's name in ``bench_spec.DEVICES``, which has its peak rates.
     """
 
     platform: str
@@ -65,33 +64,30 @@ class Target:
     topology: dict[str, str]
     wheel: str
     module: str
-    flops: float
-    bandwidth: float
+    device: str
 
 
-def _tpu(name: str, flops: float, bandwidth: float) -> Target:
+def _tpu(name: str) -> Target:
     return Target(
         platform="tpu",
         dispatch="tpu",
-        topology={"topology_name": name},
+        topology={"topology_name": f"{name}:2x2"},
         wheel="libtpu",
         module="libtpu",
-        flops=flops,
-        bandwidth=bandwidth,
+        device=name,
     )
 
 
 TARGETS = {
-    "tpu_v5e": _tpu("v5e:2x2", 197e12, 819e9),
-    "tpu_v6e": _tpu("v6e:2x2", 918e12, 1640e9),
+    "tpu_v5e": _tpu("v5e"),
+    "tpu_v6e": _tpu("v6e"),
     "h100": Target(
         platform="cuda",
         dispatch="sm90",
         topology={"target_config": _H100, "topology": "1x1x1"},
         wheel="jax-cuda13-plugin",
         module="jax_cuda13_plugin",
-        flops=989e12,
-        bandwidth=3.35e12,
+        device="h100",
     ),
 }
 
@@ -119,12 +115,6 @@ class Compiled:
     outputs: int
     temporary: int
     kernels: tuple[str, ...]
-
-    @property
-    def bound(self) -> float:
-        """Seconds that the target's peak operations and bandwidth allow at best."""
-        peak = TARGETS[self.target]
-        return max(self.flops / peak.flops, self.bytes / peak.bandwidth)
 
 
 def _target(name: str) -> Target:
@@ -155,6 +145,8 @@ def _topology(goal: Target) -> Any:
         # Without these libtpu asks a metadata server, which is not there, about this machine.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        # Its lock file is for a chip, which is not there either: several processes may compile.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     return topologies.get_topology_desc(platform=goal.platform, **goal.topology)
 
 
