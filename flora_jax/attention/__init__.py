@@ -18,6 +18,7 @@ from flora_jax.attention.masks import visible as visible
 from flora_jax.attention.quantum import QFWP as QFWP
 from flora_jax.attention.quantum import QRNN as QRNN
 from flora_jax.attention.quantum import QRNNReservoir as QRNNReservoir
+from flora_jax.attention.sla import SLA as SLA
 from flora_jax.attention.softmax import Softmax as Softmax
 from flora_jax.attention.types import Call as Call
 from flora_jax.attention.types import Dropout as Dropout

@@ -70,6 +70,13 @@ CASES: dict[str, Case] = {
     "InLine-division": Case(
         attention.InLine(division=True, feature_map="relu", residual=False, chunk=5)
     ),
+    "SLA": Case(
+        attention.SLA(block_q=4, block_k=2, critical=0.3),
+        8 * 8 + 8,
+        linear=False,
+        mask=attention.Full(),
+        shuffles=False,
+    ),
     "LiT": Case(attention.LiT(window=3), (9 + 1) * 32, mask=attention.Full(), shuffles=False),
     "GLA": Case(attention.GLA(chunk=4, rank=3), 3 * (32 + 16) + 16 + 8 + 32 * 32),
     "Liger": Case(attention.Liger(window=4, chunk=4)),
