@@ -53,7 +53,7 @@ class Device:
 
 
 # The H200 row is what a copy and a bfloat16 product reached on one, int8 and fp8 taken as twice
-# that; the others are the vendors' figures.
+# that; the others are the figures of the data sheets.
 DEVICES = {
     "h200": Device(
         bytes=4.3e12,
@@ -63,8 +63,8 @@ DEVICES = {
         bytes=3.35e12,
         flops={"bfloat16": 989e12, "int8": 1979e12, "float8_e4m3fn": 1979e12, "float32": 67e12},
     ),
-    "v5e": Device(bytes=0.82e12, flops={"bfloat16": 197e12, "int8": 394e12}),
-    "v6e": Device(bytes=1.64e12, flops={"bfloat16": 918e12, "int8": 1836e12}),
+    "tpu_v5e": Device(bytes=0.82e12, flops={"bfloat16": 197e12, "int8": 394e12}),
+    "tpu_v6e": Device(bytes=1.64e12, flops={"bfloat16": 918e12, "int8": 1836e12}),
 }
 
 

@@ -4,6 +4,7 @@ from flora_jax.kernels.low_bit_matmul.api import low_bit_matmul as low_bit_matmu
 from flora_jax.kernels.low_bit_matmul.packing import LowBit as LowBit
 from flora_jax.kernels.low_bit_matmul.packing import Rows as Rows
 from flora_jax.kernels.low_bit_matmul.packing import from_qarray as from_qarray
+from flora_jax.kernels.low_bit_matmul.packing import from_qarrays as from_qarrays
 from flora_jax.kernels.low_bit_matmul.packing import low_bit as low_bit
 from flora_jax.kernels.low_bit_matmul.packing import pack as pack
 from flora_jax.kernels.low_bit_matmul.packing import quantize as quantize

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,8 +16,20 @@ from flora_jax.kernels.low_bit_matmul import reference, tiles, xla
 from flora_jax.kernels.low_bit_matmul.packing import ROWS, LowBit, Rows, quantize_rows
 from flora_jax.kernels.manual_axes import together
 
-FORWARD = {"xla": xla.forward, "reference": reference.forward}
-BACKWARD = {"xla": xla.dx, "reference": reference.dx}
+
+def _tpu(name: str) -> Callable[..., jax.Array]:
+    """A function of pallas_tpu.py, imported when first called: importing Pallas takes a while."""
+
+    def call(*args: Any, **kwargs: Any) -> jax.Array:
+        from flora_jax.kernels.low_bit_matmul import pallas_tpu
+
+        return getattr(pallas_tpu, name)(*args, **kwargs)
+
+    return call
+
+
+FORWARD = {"pallas_tpu": _tpu("forward"), "xla": xla.forward, "reference": reference.forward}
+BACKWARD = {"pallas_tpu": _tpu("dx"), "xla": xla.dx, "reference": reference.dx}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

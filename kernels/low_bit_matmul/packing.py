@@ -14,7 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flora_jax.core.contraction import Contraction, Dot, mm
 from flora_jax.core.errors import PlanError, unknown
+from flora_jax.core.leaf import WeightLeaf, is_leaf
 from flora_jax.quant.formats import Format
 from flora_jax.quant.qarray import QArray, quantize_array
 
@@ -27,10 +29,11 @@ TILES = (1024, 512, 256)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LowBit:
+class LowBit(WeightLeaf):
     """A weight ``w[k, n] = (q[k, n] - zero[g, n]) scale[g, n]``, g the group of row k.
 
-    Leading axes (layers, experts) are allowed everywhere; a product takes one weight.
+    Leading axes (layers, experts) are allowed everywhere; a product takes one weight. As a leaf of
+    ``params`` it multiplies through ``low_bit_matmul``.
 
     Args:
       values: ``[K/2, N]`` int8 (int4, two codes a byte), ``[K, N]`` int8 or float8_e4m3fn.
@@ -38,6 +41,7 @@ class LowBit:
       zero: int8 ``[G, N]``, or None: symmetric. Not for float8.
       format: ``int4``, ``int8`` or ``float8_e4m3fn``.
       tile: rows of a packing tile (int4); None otherwise.
+      logical: dtype name of the weight that it stands for.
       layout: version of the packing.
     """
 
@@ -46,12 +50,17 @@ class LowBit:
     zero: jax.Array | None = None
     format: str = dataclasses.field(metadata={"static": True})
     tile: int | None = dataclasses.field(default=None, metadata={"static": True})
+    logical: str = dataclasses.field(default="float32", metadata={"static": True})
     layout: str = dataclasses.field(default=LAYOUT, metadata={"static": True})
 
     @property
     def shape(self) -> tuple[int, ...]:
         *lead, rows, n = self.values.shape
         return (*lead, rows * (8 // BITS[self.format]), n)
+
+    @property
+    def dtype(self) -> Any:
+        return jnp.dtype(self.logical)
 
     @property
     def groups(self) -> int:
@@ -71,13 +80,27 @@ class LowBit:
         """``[K, N]``: int8, or float8 as stored."""
         return unpack(self.values, self.tile) if self.format == "int4" else self.values
 
-    def dense(self, dtype: Any = jnp.float32) -> jax.Array:
+    def dense(self, dtype: Any = None) -> jax.Array:
         """``[K, N]``, computed in float32 and rounded once."""
         *lead, k, n = self.shape
         parts = self.codes().astype(jnp.float32).reshape(*lead, self.groups, self.group, n)
         if self.zero is not None:
             parts = parts - self.zero.astype(jnp.float32)[..., None, :]
-        return (parts * self.scale[..., None, :]).reshape(*lead, k, n).astype(dtype)
+        dense = (parts * self.scale[..., None, :]).reshape(*lead, k, n)
+        return dense.astype(dtype or self.dtype)
+
+    def contract(self, how: Contraction, x: Any) -> jax.Array:
+        floating = jnp.issubdtype(x.dtype, jnp.floating)
+        plain = isinstance(how, Dot) and len(how.shape) == 2 and how.precision is None
+        if floating and plain and how.spec.in_axes == (0,):
+            # The product imports this module.
+            from flora_jax.kernels.low_bit_matmul.api import low_bit_matmul
+
+            return low_bit_matmul(x, self)
+        return how.base(x, self.dense(x.dtype if floating else None))
+
+    def attend(self, x: jax.Array, precision: Any = None) -> jax.Array:
+        return mm(x, self.dense(x.dtype).T, precision)
 
 
 @jax.tree_util.register_dataclass
@@ -150,6 +173,7 @@ def low_bit(
     *,
     format: str,
     tile: int | None = None,
+    logical: str = "float32",
 ) -> LowBit:
     """A weight from its codes ``[..., K, N]``, unpacked, and the scales of its groups.
 
@@ -165,12 +189,15 @@ def low_bit(
         raise PlanError("float8 weights have no zero point")
     scale = jnp.asarray(scale, jnp.float32)
     if format != "int4":
-        return LowBit(values=values.astype(format), scale=scale, zero=zero, format=format)
+        values = values.astype(format)
+        return LowBit(values=values, scale=scale, zero=zero, format=format, logical=logical)
     group = k // scale.shape[-2]
     tile = tile or tile_for(k, group)
     if k % tile or not _fits(tile, group):
         raise PlanError(f"tile={tile} fits neither {k} rows nor their groups of {group}")
-    return LowBit(values=pack(values, tile), scale=scale, zero=zero, format=format, tile=tile)
+    values = pack(values, tile)
+    given = {"format": format, "tile": tile, "logical": logical}
+    return LowBit(values=values, scale=scale, zero=zero, **given)
 
 
 def quantize(
@@ -217,7 +244,8 @@ def _scaled(weight: jax.Array, format: str, group: Any, top: float, tile: int | 
     scale = jnp.max(jnp.abs(parts), axis=axes, keepdims=True) / top
     codes = parts / jnp.where(scale == 0, 1.0, scale)
     codes = codes if format == "float8_e4m3fn" else jnp.clip(jnp.round(codes), -top, top)
-    return low_bit(codes.reshape(*lead, k, n), scale[..., 0, :], format=format, tile=tile)
+    given = {"format": format, "tile": tile, "logical": str(weight.dtype)}
+    return low_bit(codes.reshape(*lead, k, n), scale[..., 0, :], **given)
 
 
 def from_qarray(weight: QArray, *, tile: int | None = None) -> LowBit:
@@ -231,11 +259,20 @@ def from_qarray(weight: QArray, *, tile: int | None = None) -> LowBit:
     """
     if weight.axis != -2:
         raise PlanError(f"quantised along axis {weight.axis}, not along the rows (-2)")
-    name, zero = weight.fmt.name, weight.zero
-    if name == "int4" and tile == weight.block:
-        same = {"scale": weight.scale, "zero": zero, "format": name, "tile": tile}
-        return LowBit(values=weight.values, **same)
-    return low_bit(weight.codes(), weight.scale, zero, format=name, tile=tile)
+    given = {"format": weight.fmt.name, "tile": tile, "logical": weight.logical}
+    if given["format"] == "int4" and tile == weight.block:
+        return LowBit(values=weight.values, scale=weight.scale, zero=weight.zero, **given)
+    return low_bit(weight.codes(), weight.scale, weight.zero, **given)
+
+
+def from_qarrays(params: Any) -> Any:
+    """``params`` with every QArray quantised along its rows (axis -2) as a :class:`LowBit`.
+
+    To be done once, after loading. Files hold QArrays.
+    """
+    fits = lambda leaf: isinstance(leaf, QArray) and leaf.axis == -2
+    convert = lambda leaf: from_qarray(leaf) if fits(leaf) else leaf
+    return jax.tree.map(convert, params, is_leaf=is_leaf)
 
 
 def quantize_rows(x: jax.Array, format: str = "int8") -> Rows:

@@ -27,15 +27,18 @@ def forward(
     """
     bias = None if bias is None else bias[None]
     if not isinstance(x, Rows):
-        wide = w.dense() if placement != "weight" else w.dense(x.dtype).astype(jnp.float32)
-        y = tiles.dot(x.astype(jnp.float32), wide)
+        y = tiles.dot(x.astype(jnp.float32), _wide(w, x.dtype, placement))
         return tiles.finish(y, None, bias, activation, dtype)
     if x.values.dtype == jnp.int8:
         y = integer(x, w)
     else:
-        wide = w.dense() if placement != "weight" else w.dense(x.values.dtype).astype(jnp.float32)
-        y = tiles.dot(x.values.astype(jnp.float32), wide)
+        y = tiles.dot(x.values.astype(jnp.float32), _wide(w, x.values.dtype, placement))
     return tiles.finish(y, x.scale, bias, activation, dtype)
+
+
+def _wide(w: LowBit, dtype: Any, placement: str | None) -> jax.Array:
+    """float32, rounded to x's dtype before where the scales go on the weight."""
+    return w.dense(dtype if placement == "weight" else jnp.float32).astype(jnp.float32)
 
 
 def integer(x: Rows, w: LowBit) -> jax.Array:
@@ -56,4 +59,4 @@ def integer(x: Rows, w: LowBit) -> jax.Array:
 
 def dx(dy: jax.Array, w: LowBit, *, dtype: Any, blocks: Any = None) -> jax.Array:
     """``dy w^T``, dy ``[M, N]``, to ``[M, K]``; float32 products and sums."""
-    return tiles.dot(dy.astype(jnp.float32), w.dense(), transpose=True).astype(dtype)
+    return tiles.dot(dy.astype(jnp.float32), w.dense(jnp.float32), transpose=True).astype(dtype)

@@ -70,7 +70,9 @@ def group_product(x: jax.Array, codes: jax.Array, zero: jax.Array | None) -> jax
         return dot(x, as_float(codes, x.dtype))
     y = dot(x, codes.astype(jnp.int8))
     if zero is not None:
-        y = y - jnp.sum(x.astype(jnp.int32), axis=1, keepdims=True) * zero.astype(jnp.int32)
+        # Whole numbers below 2^24: exact, and TPUs sum no integers over lanes.
+        total = jnp.sum(x.astype(jnp.float32), axis=1, keepdims=True)
+        y = y - total.astype(jnp.int32) * zero.astype(jnp.int32)
     return y.astype(jnp.float32)
 
 

@@ -13,12 +13,16 @@ import numpy as np
 import pytest
 
 import flora_jax as flora
+from flora_jax.core.contraction import Dot
 from flora_jax.core.errors import ConfigError, PlanError
+from flora_jax.core.leaf import contract
+from flora_jax.core.spec import KernelSpec
 from flora_jax.kernels import dispatch
 from flora_jax.kernels.low_bit_matmul import (
     LowBit,
     Rows,
     from_qarray,
+    from_qarrays,
     low_bit,
     low_bit_matmul,
     pack,
@@ -403,10 +407,17 @@ def test_a_forced_implementation_is_final():
         assert low_bit_matmul(normal(3, 256), weight()).shape == (3, 24)
 
 
-def test_a_quantised_model_weight_multiplies():
-    """From a tree that ``flora.quantize`` gives to the kernel's weight."""
-    params = {"dense": {"kernel": normal(64, 12)}}
-    q = flora.quantize(params, {".*": flora.Format("int4", block=32)})["dense"]["kernel"]
-    w, x = from_qarray(q), normal(2, 64)
-    assert isinstance(w, LowBit)
-    np.testing.assert_allclose(low_bit_matmul(x, w), x @ q.dense(), rtol=1e-5, atol=1e-5)
+def test_a_quantised_base_under_an_adapter_multiplies_packed():
+    """A layer of a quantised tree, LoRA on it: through the op, equal to the QArray's result."""
+    params = {"dense": {"kernel": normal(64, 12)}, "embedding": normal(5, 64)}
+    q = flora.quantize(params, {".*": flora.Format("int4", block=32)})
+    low = from_qarrays(q)
+    assert isinstance(low["dense"]["kernel"], LowBit)
+    assert low["embedding"] is q["embedding"]
+    plan = flora.plan(low, {"dense/kernel": flora.LoRA(rank=2)})
+    adapters = jax.tree.map(lambda a: a + 0.1, flora.init(plan, jax.random.key(0), low))
+    x, layer = normal(2, 64), Dot(KernelSpec.dense(), (64, 12))
+    product = lambda tree: contract(layer, x, flora.bind(tree, adapters, plan)["dense"]["kernel"])
+    np.testing.assert_allclose(product(low), product(q), rtol=1e-5, atol=1e-4)
+    jaxpr = str(jax.make_jaxpr(lambda x: contract(layer, x, low["dense"]["kernel"]))(x))
+    assert "custom_vjp_call" in jaxpr

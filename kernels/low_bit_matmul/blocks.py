@@ -1,0 +1,110 @@
+"""Block sizes of the TPU kernels by a small cost model."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from flora_jax.kernels.low_bit_matmul.packing import LowBit
+
+VMEM = 12 << 20
+"""Bytes that the blocks, twice, and what a step computes may take: under the 16 MB that a TPU core
+gives a kernel unasked."""
+STEP = 0.35e-6
+BANDWIDTH, MATRIX, VECTOR = 0.82e12, 197e12, 4e12
+"""Of a v5e, where memory is slowest: bytes, bfloat16 flops and vector operations a second. Only
+their ratios matter here."""
+UNPACK = 10
+"""Vector operations per weight from the byte to bfloat16, about."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """Sizes of a step.
+
+    Args:
+      m: rows of x.
+      k: rows of the stored array; of int4 each is two rows of the weight.
+      n: columns.
+    """
+
+    m: int
+    k: int
+    n: int
+
+
+def parts(w: LowBit) -> int:
+    """Codes per stored number: slices of x that a step reads."""
+    return 2 if w.format == "int4" else 1
+
+
+def span(w: LowBit) -> int:
+    """Stored rows that lie in one piece: half a tile of int4, everything of 8-bit codes."""
+    return w.tile // 2 if w.format == "int4" else w.shape[-2]
+
+
+def refusal(w: LowBit, blocks: Blocks) -> str | None:
+    """Why the kernels cannot take these blocks, or None."""
+    whole = span(w)
+    if whole % blocks.k:
+        return f"k={blocks.k} does not divide the {whole} stored rows in one piece"
+    if blocks.k % w.group and w.group % blocks.k:
+        return f"k={blocks.k} and groups of {w.group} do not divide one another"
+    if blocks.k % 128 and blocks.k * parts(w) != w.shape[-2] * (parts(w) == 1):
+        return f"k={blocks.k} is no multiple of 128 lanes"
+    if blocks.n % 128 and blocks.n != w.shape[-1]:
+        return f"n={blocks.n} is no multiple of 128 lanes"
+    return None
+
+
+def memory(w: LowBit, blocks: Blocks, x: Any, out: Any) -> int:
+    """Bytes of VMEM that a step takes, forward; ``x`` and ``out`` are dtypes."""
+    m, k, n = blocks.m, blocks.k, blocks.n
+    size = lambda dtype: jnp.dtype(dtype).itemsize
+    groups = -(-max(1, k // w.group) // 8) * 8
+    scales = groups * n * 4 * parts(w) * (1 if w.zero is None else 2)
+    moved = parts(w) * m * k * size(x) + k * n + scales + m * n * size(out)
+    computed = k * n * (4 + parts(w) * 2 * size(x)) + 2 * m * n * 4
+    return 2 * moved + computed
+
+
+def seconds(m: int, w: LowBit, blocks: Blocks, x: Any, out: Any) -> float:
+    """An estimate that orders blocks; not a prediction."""
+    k, n = w.shape[-2:]
+    times_w, times_x = math.ceil(m / blocks.m), math.ceil(n / blocks.n)
+    size = lambda dtype: jnp.dtype(dtype).itemsize
+    moved = w.nbytes * times_w + m * k * size(x) * times_x + m * n * size(out)
+    padded = max(blocks.m, 8) * times_w
+    arithmetic = 2 * padded * k * n / MATRIX + UNPACK * k * n * times_w / VECTOR
+    steps = times_w * times_x * (k // parts(w) // blocks.k)
+    return max(moved / BANDWIDTH, arithmetic) + STEP * steps
+
+
+def choose(m: int, w: LowBit, x: Any, out: Any) -> Blocks:
+    """The blocks that the model likes best.
+
+    Raises:
+      NotImplementedError: none fits, with the reason.
+    """
+    n, whole = w.shape[-1], span(w)
+    rows = [m] if m <= 256 else [256, 512]
+    columns = [c for c in (128, 256, 512, 1024, 2048) if c < n] + ([n] if n <= 2048 else [])
+    steps = [whole // d for d in range(1, whole + 1) if whole % d == 0 and whole // d >= 128]
+    found, reasons = [], []
+    for k in steps or [whole]:
+        for c in columns:
+            for r in rows:
+                blocks = Blocks(m=r, k=k, n=c)
+                reason = refusal(w, blocks)
+                if reason is None and memory(w, blocks, x, out) > VMEM:
+                    reason = f"k={k} n={c} takes more than {VMEM >> 20} MB of VMEM"
+                if reason is None:
+                    found.append((seconds(m, w, blocks, x, out), k, c, r, blocks))
+                else:
+                    reasons.append(reason)
+    if not found:
+        raise NotImplementedError(f"no blocks for {w.shape} in tiles of {w.tile}: {reasons[0]}")
+    return min(found, key=lambda f: f[:4])[-1]
