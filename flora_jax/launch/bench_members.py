@@ -26,6 +26,7 @@ EXAMPLE = "flora bench members --gin_file=runs/finetune_image.gin --members 8 --
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_gin(parser)
     parser.add_argument("--members", type=int, default=8, help="how many (default 8)")
+    parser.add_argument("--chunk", type=int, default=0, help="members batched together (0: auto)")
     parser.add_argument("--steps", type=int, default=100, help="of each member in a round")
     parser.add_argument("--rounds", type=int, default=5, help="of each side, alternating")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -37,7 +38,8 @@ def run(options: argparse.Namespace) -> int:
     built = setup.build(complete(arguments.load(options).arguments("train")))
     if built.mesh is not None:
         raise ConfigError("bench members measures one device: leave train.mesh out")
-    figures = measure(built, options.members, options.steps, options.rounds)
+    members = training.Members(seeds=tuple(range(options.members)), chunk=options.chunk)
+    figures = measure(built, members, options.steps, options.rounds)
     if options.json:
         print(json.dumps(figures, indent=1))
         return 0
@@ -46,11 +48,13 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def measure(built: setup.Setup, count: int, steps: int, rounds: int) -> dict[str, float]:
+def measure(
+    built: setup.Setup, members: training.Members, steps: int, rounds: int
+) -> dict[str, float]:
     """Median seconds of a round of each side, their ratio, and the seconds that compiling took."""
     optimizer = built.options["optimizer"]
     chosen = {name: built.options[name] for name in ("accumulate", "clip")}
-    members = training.Members(seeds=tuple(range(count)))
+    count = len(members)
     problem = (built.subject.loss, built.plan, optimizer)
     one = training.make_step(*problem, **chosen)
     many = training.make_members_step(*problem, members, **chosen)

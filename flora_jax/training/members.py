@@ -2,11 +2,13 @@
 
 A *member* is a run of its own: its seed, its learning rate, its own non-finite stop. The step is
 ``vmap`` of the ordinary one over the members' states with the base unbatched, so a layer's product
-with the base is one larger product, and nothing of the base is copied.
+with the base is one larger product, and nothing of the base is copied. Where that would not pay
+(large steps on a CPU) a scan takes a few members at a time, in the same program.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
@@ -21,9 +23,19 @@ from flora_jax.core.errors import ConfigError
 from flora_jax.core.plan import Plan
 from flora_jax.training.losses import Loss
 from flora_jax.training.state import TrainState, fresh_state
-from flora_jax.training.step import Step, mean_over, step_function, sums_function
+from flora_jax.training.step import (
+    Step,
+    mean_over,
+    objective_function,
+    split_batch,
+    step_function,
+    sums_function,
+)
 
 BATCHES = ("shared", "own")
+# Temporaries of more than 32 MiB come fresh from the kernel at every step (the largest threshold
+# of glibc's malloc), page by page; XLA's are up to 1.4 times what the backward pass keeps.
+CPU_KEPT = 24 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -36,6 +48,9 @@ class Members:
         proportional to the learning rate (AdamW, SGD, Lion, LIFT, Adafactor without decay).
       batches: ``shared``: all members see the same batch; ``own``: a batch's arrays have a leading
         axis of members (:class:`StackedBatches`).
+      chunk: how many members are batched together; the chunks run one after another within the
+        step, with the same results to rounding. 0: all members, but on a CPU without a mesh only as
+        many as keep at most 24 MiB for the backward pass.
 
     >>> len(Members(seeds=(0, 1, 2), rates=(0.5, 1.0, 2.0)))
     3
@@ -44,6 +59,7 @@ class Members:
     seeds: tuple[int, ...]
     rates: tuple[float, ...] = ()
     batches: str = "shared"
+    chunk: int = 0
 
     def __post_init__(self):
         object.__setattr__(self, "seeds", tuple(self.seeds))
@@ -56,6 +72,8 @@ class Members:
             raise ConfigError(f"Members.rates={self.rates} must be positive factors")
         if self.batches not in BATCHES:
             raise ConfigError(f"Members.batches={self.batches!r} is not one of shared, own")
+        if not 0 <= self.chunk <= len(self.seeds):
+            raise ConfigError(f"Members.chunk={self.chunk} is outside 0..{len(self.seeds)}")
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -78,7 +96,10 @@ class Members:
         return jax.tree.map(lambda *x: jnp.stack(x), *states)
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+        """What a checkpoint's members are known by: all that changes a result."""
+        fields = dataclasses.asdict(self)
+        del fields["chunk"]
+        return json.dumps(fields)
 
 
 def member(states: Any, index: int) -> Any:
@@ -115,16 +136,51 @@ def make_members_step(
     one = step_function(loss, plan, optimizer, accumulate=accumulate, clip=clip)
     # without rates the program is exactly that of the ordinary step, batched
     rates = jnp.asarray(members.rates, jnp.float32) if members.rates else None
-    batch_axis = 0 if members.batches == "own" else None
-    axes = (0, None, batch_axis, None if rates is None else 0, 0)
+    own, count = members.batches == "own", len(members)
 
     def step(states: TrainState, base: Any, batch: Mapping[str, Any]):
+        batch = dict(batch)
         # who has fallen behind has met a bad gradient before
         alive = states.step == jnp.max(states.step)
-        return jax.vmap(one, in_axes=axes)(states, base, dict(batch), rates, alive)
+        chunk = members.chunk or count
+        if not members.chunk and shardings is None and jax.default_backend() == "cpu":
+            first = jax.tree.map(lambda x: x[0], (states, batch if own else {}))
+            kept = kept_bytes(loss, plan, first[0], base, first[1] or batch, accumulate)
+            chunk = min(max(CPU_KEPT // max(kept, 1), 1), count)
+
+        def run(x):
+            state, rate, going, mine = x
+            return one(state, base, mine if own else batch, rate, going)
+
+        each = (states, rates, alive, batch if own else None)
+        if chunk >= count:
+            return jax.vmap(run)(each)
+        return jax.lax.map(run, each, batch_size=None if chunk == 1 else chunk)
 
     out = None if shardings is None else (shardings, shardings.step)
     return jax.jit(step, donate_argnums=(0,) if donate else (), out_shardings=out)
+
+
+def kept_bytes(
+    loss: Loss, plan: Plan, state: TrainState, base: Any, batch: Any, accumulate: int = 1
+) -> int:
+    """Bytes of what the backward pass of one (micro-)batch keeps, the base's own arrays apart."""
+    objective = objective_function(loss, plan)
+
+    def backward(state: TrainState, base: Any, batch: Any):
+        micro = jax.tree.map(lambda x: x[0], split_batch(batch, accumulate))
+        forward = lambda train: objective(train, state.frozen, base, micro, state.rng)
+        return jax.vjp(forward, state.train, has_aux=True)[1]
+
+    known = lambda x: (x.shape, x.dtype)
+    shared = collections.Counter(known(x) for x in jax.tree.leaves(base))
+    total = 0
+    for x in jax.tree.leaves(jax.eval_shape(backward, state, base, batch)):
+        if shared[known(x)] > 0:
+            shared[known(x)] -= 1
+        elif not jax.dtypes.issubdtype(x.dtype, jax.dtypes.extended):
+            total += math.prod(x.shape) * x.dtype.itemsize
+    return total
 
 
 def make_members_evaluator(loss: Loss, plan: Plan) -> Callable[..., dict[str, np.ndarray]]:

@@ -58,6 +58,18 @@ def _sum_gradients(grad: Callable, batch: Any, rng: jax.Array, parts: int) -> An
     return total
 
 
+def objective_function(loss: Loss, plan: Plan) -> Callable[..., tuple[jax.Array, Any]]:
+    """``objective(train, frozen, base, micro, key) -> (sum, (weight, aux))``, to differentiate."""
+
+    def objective(train: Any, frozen: Any, base: Any, micro: Mapping[str, Any], key: Any):
+        adapters = combine(train, frozen)
+        bound = bind(base, adapters, plan, example=micro.get("example"), rng=key, train=True)
+        total, weight, aux = loss(bound, micro, key, True)
+        return total, (weight, aux)
+
+    return objective
+
+
 def step_function(
     loss: Loss, plan: Plan, optimizer: Any, *, accumulate: int = 1, clip: float | None = None
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -75,14 +87,12 @@ def step_function(
     if clip is not None and clip <= 0:
         raise ConfigError(f"clip={clip} must be positive, or None")
 
-    def step(state: TrainState, base: Any, batch: Mapping[str, Any], rate=None, alive=None):
-        def objective(train, micro, key):
-            adapters = combine(train, state.frozen)
-            bound = bind(base, adapters, plan, example=micro.get("example"), rng=key, train=True)
-            total, weight, aux = loss(bound, micro, key, True)
-            return total, (weight, aux)
+    objective = objective_function(loss, plan)
 
-        grad = jax.value_and_grad(objective, has_aux=True)
+    def step(state: TrainState, base: Any, batch: Mapping[str, Any], rate=None, alive=None):
+        grad = jax.value_and_grad(
+            lambda train, micro, key: objective(train, state.frozen, base, micro, key), has_aux=True
+        )
         rng = jax.random.fold_in(state.rng, state.step)
         (total, (weight, aux)), grads = _sum_gradients(
             lambda micro, key: grad(state.train, micro, key), batch, rng, accumulate

@@ -1,5 +1,6 @@
 """Members of one program against runs of their own: equal, isolated, resumable."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from flora_jax.core.errors import ConfigError
 from flora_jax.models.llama import Llama
 from flora_jax.models.llama_config import LlamaConfig
 from flora_jax.training import Members, RunDir, RunError
+from flora_jax.training.members import kept_bytes
 
 KERNELS = "layers/(up|down)_proj/kernel"
 RULES = {KERNELS: flora.LoRA(rank=2, alpha=4.0, dropout=0.1)}
@@ -159,6 +161,55 @@ def test_own_batches_and_one_evaluation_each():
         one = training.make_evaluator(loss, plan)(state, base, held_out)
         for name, value in one.items():
             np.testing.assert_allclose(figures[name][i], value, rtol=1e-5)
+
+
+def scans(step, *arguments):
+    """Lengths of the step's outermost scans: over chunks of members, or over the layers."""
+    (jitted,) = jax.make_jaxpr(step)(*arguments).eqns
+    return [e.params["length"] for e in jitted.params["jaxpr"].eqns if e.primitive.name == "scan"]
+
+
+@pytest.mark.parametrize(("batches", "smaller"), [("shared", 2), ("own", 1)])
+def test_chunks_of_members_are_the_same_members(batches, smaller):
+    """Dropout and rates included; three in chunks of two (and a remainder), and one by one."""
+    problem = language_model(RULES)
+    ends = []
+    for chunk in (3, smaller):
+        members = Members(seeds=(0, 1, 2), rates=(1.0, 2.0, 3.0), batches=batches, chunk=chunk)
+        own = training.StackedBatches([Stream(), Stream(), Stream()]) if batches == "own" else None
+        ends.append(together(problem, ADAM, members, 2, own))
+    (states, metrics), (expected, before) = ends
+    assert_close(states.train, expected.train)
+    assert_close(metrics["loss"], before["loss"])
+    with pytest.raises(ConfigError, match=r"Members.chunk=4 is outside 0..3"):
+        Members(seeds=(0, 1, 2), chunk=4)
+    assert members.to_json() == dataclasses.replace(members, chunk=0).to_json()
+
+
+def test_on_a_cpu_chunks_keep_the_memory_small(monkeypatch):
+    loss, base, plan, _ = language_model(RULES)
+    members = Members(seeds=tuple(range(11)))
+    states, batch = members.states(plan, base, ADAM), next(Stream())
+    kept = kept_bytes(loss, plan, training.member(states, 0), base, batch)
+    activations = batch["tokens"].size * 16 * 4
+    assert activations < kept < 100 * activations
+    layers = scans(training.make_members_step(loss, plan, ADAM, members), states, base, batch)
+    assert not {5, 11} & set(layers)
+    for budget, chunks in ((2 * kept, 5), (kept, 11), (1, 11)):  # 11 = 5 * 2 and a remainder
+        monkeypatch.setattr("flora_jax.training.members.CPU_KEPT", budget)
+        step = training.make_members_step(loss, plan, ADAM, members)
+        assert scans(step, states, base, batch)[0] == chunks
+
+
+def test_lift_alone_in_its_chunk_refreshes_only_when_due():
+    """Under ``vmap`` its cond is a select, which finds a new mask at every step."""
+    loss, base, plan, _ = language_model({"layers/up_proj/kernel": flora.Replace()})
+    lift = training.LIFT(learning_rate=1e-2, rank=1, filter_rank=2, refresh=2)
+    for chunk, conditional in ((1, True), (2, False)):
+        members = Members(seeds=(0, 1), chunk=chunk)
+        step = training.make_members_step(loss, plan, lift, members)
+        text = step.lower(members.states(plan, base, lift), base, next(Stream())).as_text()
+        assert ("stablehlo.case" in text) == conditional
 
 
 def poisoned(loss):
