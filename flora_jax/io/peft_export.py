@@ -75,7 +75,7 @@ def export_lora(rows: list[Row], model: Model) -> tuple[Arrays, Keys]:
         if isinstance(row.entry.adapter, KORE):
             _kore_as_lora(row)
     dora = common(rows, "use_dora", lambda row: isinstance(row.entry.adapter, DoRA))
-    bias = common(rows, "lora_bias", lambda row: row.entry.adapter.use_bias)
+    bias = _lora_bias(rows, model)
     plain = [row for row in rows if row.entry.spec.kind != "embedding"]
     dropout = common(plain or rows, "lora_dropout", lambda row: row.entry.adapter.dropout)
     flags = {row.entry.adapter.rslora for row in rows}
@@ -106,6 +106,22 @@ def export_lora(rows: list[Row], model: Model) -> tuple[Arrays, Keys]:
         "init_lora_weights": True,
         "bias": "none",
     }
+
+
+def _lora_bias(rows: list[Row], model: Model) -> bool:
+    """PEFT's ``lora_bias``, which all modules share: those without one of ours get zeros.
+
+    Raises:
+      PlanError: some have one, and a module's layer has no bias to merge zeros into.
+    """
+    lacking = [row for row in rows if not row.entry.adapter.use_bias]
+    unbiased = any("bias" not in model.modules[row.name].leaves for row in lacking)
+    if unbiased or len(lacking) == len(rows):
+        return common(rows, "lora_bias", lambda row: row.entry.adapter.use_bias)
+    for row in lacking:
+        *batch, _, n_out = row.entry.spec.unstacked().canonical_shape(row.entry.kernel_shape)
+        row.arrays = row.arrays | {"bias": np.zeros(math.prod(batch) * n_out, np.float32)}
+    return True
 
 
 def tie_lora(tensors: Arrays, original: str, copy: str) -> Arrays:

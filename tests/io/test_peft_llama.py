@@ -206,6 +206,10 @@ MADE_HERE = {
         r".*/q_proj/kernel": flora.LoRA(rank=2, alpha=6.0, use_bias=True),
         r".*/v_proj/kernel": flora.LoRA(rank=3, rslora=True, use_bias=True),
     },
+    "bias-of-one": {
+        r".*/q_proj/kernel": flora.LoRA(rank=2, use_bias=True),
+        r".*/v_proj/kernel": flora.LoRA(rank=2),
+    },
     "pissa": {r".*/(q|down)_proj/kernel": flora.PiSSA(rank=2, alpha=3.0)},
     "pissa-and-lora": {
         r".*/up_proj/kernel": flora.OLoRA(rank=2, rslora=True),
