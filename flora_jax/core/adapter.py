@@ -17,6 +17,8 @@ from flora_jax.core.spec import KernelSpec
 Params = dict[str, jax.Array]
 # Frozen random bases must come back bit for bit, whatever jax's default generator is.
 PRNG = "threefry2x32"
+# A method that only an experiment needs registers as one of its own, beside the package's.
+FAMILIES = ("adapter", "experiment")
 CONTRACTED = ("dense", "einsum", "conv", "conv_transpose", "embedding")
 
 
@@ -193,7 +195,7 @@ def from_json(data: dict[str, Any]) -> Adapter:
       ConfigError: unknown method or field.
     """
     fields = dict(data)
-    cls = lookup("adapter", fields.pop("method", "?"))
+    cls = lookup(FAMILIES, fields.pop("method", "?"))
     known = {f.name for f in dataclasses.fields(cls)}
     for name in fields:
         if name not in known:

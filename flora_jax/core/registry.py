@@ -59,17 +59,18 @@ def register(name: str, *, family: str, paper: str, arxiv: str, **info: Any) -> 
     return add
 
 
-def lookup(family: str, name: str) -> type:
-    """The class registered under a name.
+def lookup(family: str | tuple[str, ...], name: str) -> type:
+    """The class registered under a name; of several families the first that has it.
 
     Raises:
       ConfigError: unknown name; says the nearest.
     """
-    try:
-        return _METHODS[family, name].cls
-    except KeyError:
-        known = [n for f, n in _METHODS if f == family]
-        raise ConfigError(unknown(f"{family} method", name, known)) from None
+    families = (family,) if isinstance(family, str) else family
+    for one in families:
+        if (one, name) in _METHODS:
+            return _METHODS[one, name].cls
+    known = [n for f, n in _METHODS if f in families]
+    raise ConfigError(unknown(f"{families[0]} method", name, known))
 
 
 def methods(family: str | None = None) -> list[Method]:

@@ -48,7 +48,7 @@ class SmallImageModel(Source):
         shape = data.arrays("test")[0].shape[1:]
         first = self.pretraining.data if self.pretraining else data
         old, new = (build(self.config, shape, task.num_classes) for task in (first, data))
-        params = base = kept(folder, lambda: _pretrained(self, shape, data.num_classes))
+        params = base = kept(folder, lambda: self.base(shape, data.num_classes))
         name = type(self.config).__name__.removesuffix("Config")
         if self.pretraining:
             fresh = _initial(new, shape, self.seed + 1)
@@ -60,6 +60,10 @@ class SmallImageModel(Source):
             heads = {h: base[h] for h in HEADS if h in base}
             retention = Retention(Classification(model=old), heads, first)
         return Subject(new, params, loss, name, retention=retention)
+
+    def base(self, shape: tuple[int, ...], num_classes: int) -> Any:
+        """The base for images of a shape; experiments override it."""
+        return _pretrained(self, shape, num_classes)
 
 
 class Flattened:

@@ -53,9 +53,13 @@ class SmallLanguageModel(Source):
             first = self.pretraining.data
             name = f"byte-level Llama pretrained on {first.source}"
             retention = Retention(loss, {}, first, tokenizer)
-        params = kept(folder, lambda: _base(self))
+        params = kept(folder, self.base)
         kind = AnsweringSubject if self.answers else Subject
         return kind(self.model, params, loss, name, tokenizer, True, retention)
+
+    def base(self) -> Any:
+        """The frozen base; experiments override it."""
+        return _base(self)
 
 
 class AnsweringSubject(Subject):

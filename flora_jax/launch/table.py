@@ -48,7 +48,7 @@ def number(value: float, half: float = math.nan) -> str:
     >>> number(93.4567, 0.234), number(0.5), number(460800.0, 0.0), number(3.17e-9, 4e-10)
     ('93.46 ± 0.23', '0.5', '460,800', '3.2e-09 ± 4e-10')
     """
-    if math.isnan(half) or half == 0:
+    if math.isnan(half) or half <= 1e-12 * abs(value):  # equal values, their mean rounded
         return f"{value:,.0f}" if value == round(value) else f"{value:.4g}"
     if 0 < abs(value) < 1e-3:
         return f"{value:.1e} ± {half:.0e}"

@@ -22,7 +22,7 @@ from flora_jax.config import entry_point
 from flora_jax.core.adapter import Adapter
 from flora_jax.core.errors import ConfigError
 from flora_jax.core.plan import Plan
-from flora_jax.core.registry import method_of, methods
+from flora_jax.core.registry import method_of
 from flora_jax.launch import setup as setups
 from flora_jax.launch.execute import Preempted
 from flora_jax.launch.measure import step_cost
@@ -222,8 +222,8 @@ def _next_commands(folder: str, setup: setups.Setup) -> str:
         lines.append(f'  flora generate --run {folder} --prompt "{setup.options["prompt"]}"')
     if all(method_of(entry.adapter).mergeable for entry in setup.plan):
         lines.append(f"  flora merge --run {folder} --out {folder}/merged")
-    forms = {row.cls: row.peft for row in methods("adapter")}
-    if hasattr(setup.subject.model, "to_hf") and all(forms[type(e.adapter)] for e in setup.plan):
+    exports = all(method_of(entry.adapter).peft for entry in setup.plan)
+    if hasattr(setup.subject.model, "to_hf") and exports:
         lines.append(f"  flora convert --run {folder} --out {folder}/peft")
     return "\n".join(lines)
 

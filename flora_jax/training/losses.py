@@ -212,6 +212,7 @@ class Answers:
     model: Any
 
     def __call__(self, bound, batch, rng, train) -> Sums:
+        batch = with_prompt(bound, batch)
         logits, _ = self.model.apply(
             {"params": bound},
             batch["tokens"],
