@@ -34,7 +34,11 @@ from flora_jax.core.uses import (
 
 
 def _named(adapters: Any, plan: Any) -> list[tuple[str | None, AdapterTree, Plan]]:
-    """One or several adapters as ``(name, tree, plan)`` rows."""
+    """One or several adapters as ``(name, tree, plan)`` rows.
+
+    In the order of the plans, which are static, or of the sorted names: ``jit`` sorts the keys of
+    its arguments, so that the order of ``adapters`` would be another inside it than outside.
+    """
     if isinstance(plan, Plan):
         values = list(adapters.values())
         nested = bool(values) and all(
@@ -43,12 +47,12 @@ def _named(adapters: Any, plan: Any) -> list[tuple[str | None, AdapterTree, Plan
         )
         if not nested:
             return [(None, adapters, plan)]
-        return [(name, tree, plan) for name, tree in adapters.items()]
+        return [(name, adapters[name], plan) for name in sorted(adapters)]
     if set(adapters) != set(plan):
         raise StructureError(
             f"adapters {sorted(adapters)} and plans {sorted(plan)} differ in names"
         )
-    return [(name, adapters[name], plan[name]) for name in adapters]
+    return [(name, adapters[name], plan[name]) for name in plan]
 
 
 def bind(
@@ -70,9 +74,11 @@ def bind(
     Args:
       adapters: ``{path: {name: array}}``, ``{adapter name: such a tree}``, or :class:`Stacked`.
       plan: the plan, or ``{adapter name: plan}``.
-      weights: per adapter name, arrays or floats (they may be traced: no recompile on change).
+      weights: per adapter name, or in the order of rows, arrays or floats (they may be traced: no
+        recompile on change).
       rows: ``[N]`` int32, for a batch of N rows (the leading axis of every layer's input): the
-        place of the row's adapter among the names, -1 for the base alone. It may be traced.
+        place of the row's adapter among the names of ``plan``, or among the sorted names when one
+        plan serves all; -1 for the base alone. It may be traced.
       example: features of each row, ``[N, ...]``, for methods that generate weights from them; with
         one row its weights serve any batch and can be merged. They are generated here: bind once
         outside a decoding loop.

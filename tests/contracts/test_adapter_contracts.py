@@ -330,9 +330,9 @@ def test_rows_choose_among_adapters(name, kind):
     layer, params, plan = one.layer, one.params, one.plan
     x = np.asarray(one.x)
     x = np.concatenate([x, 0 * x, x])[:5] if kind != "embedding" else np.tile(x, (3, 1))[:5]
-    # Rows count the names of the trees, which jit hands over in sorted order.
-    plans = {"a": plan, "b": plan, "c": lora.plan}
-    trees = {"a": one.moved, "b": perturbed(plan, one.moved, 12), "c": lora.moved}
+    # Rows count the names of the plans; the trees come out of jit in another order, the sorted one.
+    plans = {"b": plan, "c": plan, "a": lora.plan}
+    trees = {"a": lora.moved, "b": one.moved, "c": perturbed(plan, one.moved, 12)}
 
     @jax.jit
     def mixed(params, trees, rows, x):

@@ -181,6 +181,18 @@ def test_swapping_adapters_rows_and_weights_compiles_nothing(tiny, family):
     assert weighted._cache_size() == 1 and np.abs(one - two).max() > 1e-2
 
 
+def test_rows_count_sorted_names_under_one_plan(tiny, family):
+    """In and out of jit, which sorts the keys of its arguments."""
+    _, params = tiny
+    _, _, plan, padded = family
+    kernel = lambda bound: bound["layers"]["self_attn"]["q_proj"]["kernel"]
+    trees = {"b": padded["b"], "a": padded["a"]}
+    bind = lambda trees: kernel(flora.bind(params, trees, plan, rows=jnp.zeros(4, int)))
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, bind(trees), jax.jit(bind)(trees))
+    jax.tree.map(close, bind(trees), bind(dict(sorted(trees.items()))))
+
+
 def test_a_mixed_batch_generates_what_each_adapter_does(tiny, family):
     model, params = tiny
     _, _, plan, padded = family
