@@ -158,5 +158,5 @@ def test_bad_settings_are_refused():
     with pytest.raises(ConfigError, match="rank 0"):
         GLA(rank=0)
     q, k, v = qkv()
-    with pytest.raises(ConfigError, match="Liger attention reads the layer's q: give inputs"):
+    with pytest.raises(ConfigError, match="Liger reads the layer's q: give inputs"):
         Liger().attend({}, q, k, v)
