@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -117,6 +118,13 @@ def _zeros(*shape: int) -> Array:
 def _row(value: float, rows: int) -> Array:
     layout = plgpu.Layout.WGMMA.reduce(1)
     return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), layout)
+
+
+def _load(ref: Any, axis: int) -> Array:
+    """Numbers per query from shared memory, for a tile that loses ``axis``."""
+    # jax 0.10 takes an index, which jax 0.12 has no argument for.
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA.reduce(axis))
 
 
 def _product(x: Any, y: Any, shape: tuple[int, int], transpose: bool = False) -> Array:
@@ -267,9 +275,7 @@ def _dq(shape: Shape, table: Array, queries: Sequence[Array], keys: Sequence[Arr
             for source, mine in zip((q_ref, do_ref, lse_ref, terms_ref), (q, do, lse, terms)):
                 plgpu.copy_gmem_to_smem(source.at[at], mine, full.at[wg])
             plgpu.barrier_wait(full.at[wg])
-            lse, terms = (
-                plgpu.load(x, (), layout=plgpu.Layout.WGMMA.reduce(1)) for x in (lse, terms)
-            )
+            lse, terms = _load(lse, 1), _load(terms, 1)
 
             def step(t, buffers, carry):
                 acc, lse, terms = carry
@@ -342,9 +348,7 @@ def _dkv(
                 del t
                 dk, dv = carry
                 q, do, lse, terms = buffers
-                lse, terms = (
-                    plgpu.load(x, (), layout=plgpu.Layout.WGMMA.reduce(0)) for x in (lse, terms)
-                )
+                lse, terms = _load(lse, 0), _load(terms, 0)
                 # Keys past the end only touch rows of dk and dv that are cut off.
                 s = _product(k, q, (rows, block_q), transpose=True) * (shape.scale * tile.LOG2E)
                 dp = _product(v, do, (rows, block_q), transpose=True)
