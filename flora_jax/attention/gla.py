@@ -99,6 +99,7 @@ def _behind_shared(
     paper="Gated Linear Attention Transformers with Hardware-Efficient Training",
     arxiv="2312.06635",
     parameters="r (C + K H) + K H + H + C N H",
+    mergeable=False,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GLA(Variant):

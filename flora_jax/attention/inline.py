@@ -30,6 +30,7 @@ MAPS = {
     paper="Bridging the Divide: Reconsidering Softmax and Linear Attention",
     arxiv="2412.06590",
     parameters="10 C^2 / N + 10 C (residual)",
+    mergeable=False,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InLine(Variant):

@@ -25,6 +25,7 @@ FORMS = ("gla", "hgrn2")
     paper="Liger: Linearizing Large Language Models to Gated Recurrent Structures",
     arxiv="2503.01496",
     parameters="0",
+    mergeable=False,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Liger(Variant):

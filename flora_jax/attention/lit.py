@@ -23,6 +23,7 @@ from flora_jax.core.registry import register
     paper="LiT: Delving into a Simplified Linear Diffusion Transformer for Image Generation",
     arxiv="2501.12976",
     parameters="window^2 C + C",
+    mergeable=False,
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LiT(Variant):
