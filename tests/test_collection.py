@@ -66,7 +66,10 @@ NAMES = {"a", "b"}
 @pytest.mark.parametrize(
     ("wrong", "right"),
     [
-        ("@mark.parametrize('n', NAMES)\ndef f(n): ...", "@mark.parametrize('n', sorted(NAMES))"),
+        (
+            "@mark.parametrize('n', NAMES)\ndef f(n): ...",
+            "@mark.parametrize('n', sorted(NAMES))\ndef f(n): ...",
+        ),
         ("CASES = [n for n in NAMES]", "CASES = [n for n in sorted(NAMES)]"),
         ("CASES = list({'a', 'b'} | NAMES)", "CASES = list(['a', 'b'])"),
         ("for n in set('ab'):\n    f(n)", "def f():\n    for n in set('ab'):\n        f(n)"),

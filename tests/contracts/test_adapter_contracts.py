@@ -202,7 +202,8 @@ def test_a_replaced_weight_starts_from_the_dequantised_base(name):
     kernels, trees = [], {}
     for base in (low, flora.dequantize(low)):
         # Not inside a program, where XLA may round the dequantised base otherwise.
-        trees["one"] = flora.init(plan, jax.random.key(0), base)
+        stats = harness.make_stats(plan)
+        trees["one"] = flora.init(plan, jax.random.key(0), base, stats=stats)
         trees["two"] = perturbed(plan, trees["one"])
         kernels.append(merge(base, trees))
     close(kernels[0][0], flora.dequantize(low)["layers"]["kernel"], 2e-5)
