@@ -56,7 +56,6 @@ class Target:
       topology: keyword arguments of the topology.
       wheel: the distribution that holds the compiler.
       module: a module of that distribution.
-      device: the device's name in ``bench_spec.DEVICES``, which has its peak rates.
     """
 
     platform: str
@@ -64,7 +63,6 @@ class Target:
     topology: dict[str, str]
     wheel: str
     module: str
-    device: str
 
 
 def _tpu(name: str) -> Target:
@@ -74,10 +72,10 @@ def _tpu(name: str) -> Target:
         topology={"topology_name": f"{name}:2x2"},
         wheel="libtpu",
         module="libtpu",
-        device=name,
     )
 
 
+# By the names of ``bench_spec.DEVICES``, which has their peak rates.
 TARGETS = {
     "tpu_v5e": _tpu("v5e"),
     "tpu_v6e": _tpu("v6e"),
@@ -87,7 +85,6 @@ TARGETS = {
         topology={"target_config": _H100, "topology": "1x1x1"},
         wheel="jax-cuda13-plugin",
         module="jax_cuda13_plugin",
-        device="h100",
     ),
 }
 
