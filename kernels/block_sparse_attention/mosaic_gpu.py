@@ -70,6 +70,7 @@ class Ring:
 
     def fill(self, count: Any, sources: Callable[[Any], Sequence[Any]]) -> None:
         """Copies in ``sources(t)`` for every step ``t < count``; the copying warpgroup's part."""
+        plgpu.set_max_registers(40, action="decrease")
 
         def copy(t: Any, slot: Any) -> None:
             for source, buffer in zip(sources(t), self.buffers):
@@ -95,6 +96,24 @@ class Ring:
             return carry
 
         return lax.fori_loop(0, count, step, carry)
+
+
+def _barriers(copies: int, readers: int, slots: int) -> tuple[Any, Any]:
+    """``full`` and ``free`` of a :class:`Ring` whose slots take this many copies."""
+    return (
+        plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
+    )
+
+
+def _listed(row: Any, k_ref: Any, v_ref: Any, block_k: int) -> Callable[[Any], Sequence[Any]]:
+    """The keys and values of the block that a table's row lists at step t."""
+
+    def sources(t: Any) -> Sequence[Any]:
+        at = pl.ds(row[t] * block_k, block_k)
+        return k_ref.at[at], v_ref.at[at]
+
+    return sources
 
 
 def _readers(block: int) -> tuple[int, int]:
@@ -206,18 +225,9 @@ def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[A
 
         @pl.when(wg == readers)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            stream.fill(steps, _listed(table_ref.at[h, i], k_ref.at[h], v_ref.at[h], block_k))
 
-            def sources(t):
-                at = pl.ds(table_ref[h, i, t] * block_k, block_k)
-                return k_ref.at[h, at], v_ref.at[h, at]
-
-            stream.fill(steps, sources)
-
-    ring = (
-        plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-        plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
-    )
+    ring = _barriers(2, readers, slots)
     tiles = (
         _tiles(readers, rows, width, dtype=q.dtype),
         plgpu.SMEM((readers, rows), jnp.float32),
@@ -293,18 +303,9 @@ def _dq(shape: Shape, table: Array, queries: Sequence[Array], keys: Sequence[Arr
 
         @pl.when(wg == readers)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
+            stream.fill(steps, _listed(table_ref.at[h, i], k_ref.at[h], v_ref.at[h], block_k))
 
-            def sources(t):
-                at = pl.ds(table_ref[h, i, t] * block_k, block_k)
-                return k_ref.at[h, at], v_ref.at[h, at]
-
-            stream.fill(steps, sources)
-
-    ring = (
-        plgpu.Barrier(num_arrivals=2, num_barriers=slots),
-        plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
-    )
+    ring = _barriers(2, readers, slots)
     tiles = (
         *[_tiles(readers, rows, width, dtype=dtype)] * 2,
         *[plgpu.SMEM((readers, rows), jnp.float32)] * 2,
@@ -366,8 +367,6 @@ def _dkv(
 
         @pl.when(wg == readers)
         def _():
-            plgpu.set_max_registers(40, action="decrease")
-
             def sources(t):
                 at = h, pl.ds(pairs_ref[h, g, t] * block_q, block_q)
                 return [x.at[at] for x in (q_ref, do_ref, lse_ref, terms_ref)]
@@ -383,10 +382,7 @@ def _dkv(
         *[_tiles(slots, block_q, width, dtype=dtype)] * 2,
         *[plgpu.SMEM((slots, block_q), jnp.float32)] * 2,
     )
-    ring = (
-        plgpu.Barrier(num_arrivals=4, num_barriers=slots),
-        plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
-    )
+    ring = _barriers(4, readers, slots)
     types = (jax.ShapeDtypeStruct((heads, size, block_k, width), jnp.float32),) * 2
     scratch = [own, buffers, ring, plgpu.Barrier(num_arrivals=2, num_barriers=readers)]
     run = _kernel(body, types, scratch, (size, heads), readers)
