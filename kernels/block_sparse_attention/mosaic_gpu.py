@@ -7,9 +7,7 @@ keys and values into a ring of buffers, the others wait for a buffer, use it and
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flora_jax.kernels import dispatch
+from flora_jax.kernels import dispatch, hopper
 from flora_jax.kernels.block_sparse_attention import tile
 from flora_jax.kernels.block_sparse_attention.layout import (
     Shape,
@@ -34,11 +32,8 @@ from flora_jax.kernels.block_sparse_attention.layout import (
 
 ROWS = tile.Rows(axis=1, keep=False)
 COLUMNS = tile.Rows(axis=0, keep=False)
-MEMORY = 220 << 10
-"""Bytes of shared memory per program; the device has 227 KiB."""
 SEGMENT = 32
 """Query blocks per program in the gradient of keys and values."""
-TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 
 
 def supported(shape: Shape, dtype: Any) -> None:
@@ -50,60 +45,6 @@ def supported(shape: Shape, dtype: Any) -> None:
     if shape.block_q not in (64, 128) or shape.block_k not in (64, 128):
         blocks = f"{shape.block_q} x {shape.block_k}"
         raise NotImplementedError(f"blocks {blocks}: 64 or 128 each")
-
-
-@dataclasses.dataclass(frozen=True)
-class Ring:
-    """Buffers in shared memory that one warpgroup fills and the others empty.
-
-    Attributes:
-      buffers: ``[slots, ...]`` references, filled together.
-      full: barriers, one per slot: all copies into it have arrived.
-      free: barriers, one per slot: every reader has handed it back.
-      slots: number of slots.
-    """
-
-    buffers: Sequence[Any]
-    full: Any
-    free: Any
-    slots: int
-
-    def fill(self, count: Any, sources: Callable[[Any], Sequence[Any]]) -> None:
-        """Copies in ``sources(t)`` for every step ``t < count``; the copying warpgroup's part."""
-        plgpu.set_max_registers(40, action="decrease")
-
-        def copy(t: Any, slot: Any) -> None:
-            for source, buffer in zip(sources(t), self.buffers):
-                plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
-
-        for t in range(self.slots):
-            pl.when(t < count)(functools.partial(copy, t, t))
-
-        @pl.loop(self.slots, jnp.maximum(count, self.slots))
-        def _(t: Any) -> None:
-            slot = lax.rem(t, jnp.array(self.slots, t.dtype))
-            plgpu.barrier_wait(self.free.at[slot])
-            copy(t, slot)
-
-    def each(self, count: Any, body: Callable[..., Any], carry: Any) -> Any:
-        """``carry = body(t, buffers, carry)`` for every step; a reading warpgroup's part."""
-
-        def step(t: Any, carry: Any) -> Any:
-            slot = lax.rem(t, jnp.array(self.slots, t.dtype))
-            plgpu.barrier_wait(self.full.at[slot])
-            carry = body(t, [buffer.at[slot] for buffer in self.buffers], carry)
-            plgpu.barrier_arrive(self.free.at[slot])
-            return carry
-
-        return lax.fori_loop(0, count, step, carry)
-
-
-def _barriers(copies: int, readers: int, slots: int) -> tuple[Any, Any]:
-    """``full`` and ``free`` of a :class:`Ring` whose slots take this many copies."""
-    return (
-        plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
-        plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
-    )
 
 
 def _listed(row: Any, k_ref: Any, v_ref: Any, block_k: int) -> Callable[[Any], Sequence[Any]]:
@@ -121,19 +62,6 @@ def _readers(block: int) -> tuple[int, int]:
     return block // 64, 64
 
 
-def _tiles(*shape: int, dtype: Any) -> Any:
-    return plgpu.SMEM(shape, dtype, transforms=TRANSFORMS)
-
-
-def _slots(fixed: int, each: int, steps: int) -> int:
-    """Slots of a ring: as many as shared memory holds beside ``fixed`` bytes, at most 4."""
-    return max(1, min(4, steps, (MEMORY - fixed) // each))
-
-
-def _zeros(*shape: int) -> Array:
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
-
-
 def _row(value: float, rows: int) -> Array:
     layout = plgpu.Layout.WGMMA.reduce(1)
     return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), layout)
@@ -141,9 +69,7 @@ def _row(value: float, rows: int) -> Array:
 
 def _load(ref: Any, axis: int) -> Array:
     """Numbers per query from shared memory, for a tile that loses ``axis``."""
-    # jax 0.10 takes an index, which jax 0.12 has no argument for.
-    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
-    return plgpu.load(ref, *index, layout=plgpu.Layout.WGMMA.reduce(axis))
+    return hopper.load(ref, plgpu.Layout.WGMMA.reduce(axis))
 
 
 def _product(x: Any, y: Any, shape: tuple[int, int], transpose: bool = False) -> Array:
@@ -192,11 +118,11 @@ def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[A
     table = fold_table(shape, table)
     readers, rows = _readers(shape.block_q)
     width, block_k, steps = shape.width, shape.block_k, shape.entries
-    slots = _slots(2 * shape.block_q * width, 4 * block_k * width, steps)
+    slots = hopper.slots(2 * shape.block_q * width, 4 * block_k * width, steps)
 
     def body(q_ref, k_ref, v_ref, table_ref, o_ref, lse_ref, tiles, ring, q_full):
         own, lse_own, keys, values = tiles
-        stream = Ring((keys, values), *ring, slots)
+        stream = hopper.Ring((keys, values), *ring, slots)
         i, h, wg = (lax.axis_index(name) for name in ("block", "head", "wg"))
 
         @pl.when(wg < readers)
@@ -214,7 +140,7 @@ def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[A
                 acc = acc * ROWS.spread(decay, acc)
                 return _add_product(acc, p.astype(q.dtype), buffers[1]), top, total
 
-            start_values = _zeros(rows, width), _row(tile.MASKED, rows), _row(0.0, rows)
+            start_values = hopper.zeros(rows, width), _row(tile.MASKED, rows), _row(0.0, rows)
             acc, top, total = stream.each(steps, step, start_values)
             mine[...] = (acc / ROWS.spread(total, acc)).astype(q.dtype)
             lse_own.at[wg][...] = tile.log_sum(top, total)
@@ -227,12 +153,12 @@ def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[A
         def _():
             stream.fill(steps, _listed(table_ref.at[h, i], k_ref.at[h], v_ref.at[h], block_k))
 
-    ring = _barriers(2, readers, slots)
+    ring = hopper.ring_barriers(2, readers, slots)
     tiles = (
-        _tiles(readers, rows, width, dtype=q.dtype),
+        hopper.tiles(readers, rows, width, dtype=q.dtype),
         plgpu.SMEM((readers, rows), jnp.float32),
-        _tiles(slots, block_k, width, dtype=q.dtype),
-        _tiles(slots, block_k, width, dtype=q.dtype),
+        hopper.tiles(slots, block_k, width, dtype=q.dtype),
+        hopper.tiles(slots, block_k, width, dtype=q.dtype),
     )
     types = jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:2], jnp.float32)
     scratch = [tiles, ring, plgpu.Barrier(num_barriers=readers)]
@@ -270,11 +196,11 @@ def _dq(shape: Shape, table: Array, queries: Sequence[Array], keys: Sequence[Arr
     dtype = queries[0].dtype
     readers, rows = _readers(shape.block_q)
     width, block_k, steps = shape.width, shape.block_k, shape.entries
-    slots = _slots(4 * shape.block_q * width, 4 * block_k * width, steps)
+    slots = hopper.slots(4 * shape.block_q * width, 4 * block_k * width, steps)
 
     def body(q_ref, do_ref, lse_ref, terms_ref, k_ref, v_ref, table_ref, dq_ref, tiles, ring, full):
         *own, keys, values = tiles
-        stream = Ring((keys, values), *ring, slots)
+        stream = hopper.Ring((keys, values), *ring, slots)
         i, h, wg = (lax.axis_index(name) for name in ("block", "head", "wg"))
 
         @pl.when(wg < readers)
@@ -295,7 +221,7 @@ def _dq(shape: Shape, table: Array, queries: Sequence[Array], keys: Sequence[Arr
                 _, ds = tile.score_gradient(_scores(shape, s, block), dp, lse, terms, ROWS)
                 return _add_product(acc, ds.astype(dtype), buffers[0]), lse, terms
 
-            acc, _, _ = stream.each(steps, step, (_zeros(rows, width), lse, terms))
+            acc, _, _ = stream.each(steps, step, (hopper.zeros(rows, width), lse, terms))
             q[...] = (acc * shape.scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q, dq_ref.at[at])
@@ -305,11 +231,11 @@ def _dq(shape: Shape, table: Array, queries: Sequence[Array], keys: Sequence[Arr
         def _():
             stream.fill(steps, _listed(table_ref.at[h, i], k_ref.at[h], v_ref.at[h], block_k))
 
-    ring = _barriers(2, readers, slots)
+    ring = hopper.ring_barriers(2, readers, slots)
     tiles = (
-        *[_tiles(readers, rows, width, dtype=dtype)] * 2,
+        *[hopper.tiles(readers, rows, width, dtype=dtype)] * 2,
         *[plgpu.SMEM((readers, rows), jnp.float32)] * 2,
-        *[_tiles(slots, block_k, width, dtype=dtype)] * 2,
+        *[hopper.tiles(slots, block_k, width, dtype=dtype)] * 2,
     )
     types = jax.ShapeDtypeStruct(queries[0].shape, dtype)
     scratch = [tiles, ring, plgpu.Barrier(num_arrivals=4, num_barriers=readers)]
@@ -328,11 +254,11 @@ def _dkv(
     column, pairs, count = jax.vmap(cut)(table.reshape(heads, -1))
     pairs = pairs // shape.entries  # a pair (r, i, t) belongs to query block r * N_q + i
     size = column.shape[1]
-    slots = _slots(8 * block_k * width, (4 * width + 8) * block_q, SEGMENT)
+    slots = hopper.slots(8 * block_k * width, (4 * width + 8) * block_q, SEGMENT)
 
     def body(q_ref, do_ref, lse_ref, terms_ref, k_ref, v_ref, column_ref, pairs_ref, count_ref,
              dk_ref, dv_ref, own, buffers, ring, full):  # fmt: skip
-        stream = Ring(buffers, *ring, slots)
+        stream = hopper.Ring(buffers, *ring, slots)
         g, h, wg = (lax.axis_index(name) for name in ("block", "head", "wg"))
         steps = count_ref[h, g]
 
@@ -357,7 +283,9 @@ def _dkv(
                 dv = _add_product(dv, p.astype(dtype), do)
                 return _add_product(dk, ds.astype(dtype), q), dv
 
-            dk, dv = stream.each(steps, step, (_zeros(rows, width), _zeros(rows, width)))
+            dk, dv = stream.each(
+                steps, step, (hopper.zeros(rows, width), hopper.zeros(rows, width))
+            )
             at = h, g, pl.ds(wg * rows, rows)
             for value, ref in ((dk * shape.scale, dk_ref), (dv, dv_ref)):
                 out[...] = value
@@ -373,16 +301,15 @@ def _dkv(
 
             stream.fill(steps, sources)
 
-    float_tiles = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
     own = (
-        *[_tiles(readers, rows, width, dtype=dtype)] * 2,
-        plgpu.SMEM((readers, rows, width), jnp.float32, transforms=float_tiles),
+        *[hopper.tiles(readers, rows, width, dtype=dtype)] * 2,
+        hopper.float_tiles(readers, rows, width),
     )
     buffers = (
-        *[_tiles(slots, block_q, width, dtype=dtype)] * 2,
+        *[hopper.tiles(slots, block_q, width, dtype=dtype)] * 2,
         *[plgpu.SMEM((slots, block_q), jnp.float32)] * 2,
     )
-    ring = _barriers(4, readers, slots)
+    ring = hopper.ring_barriers(4, readers, slots)
     types = (jax.ShapeDtypeStruct((heads, size, block_k, width), jnp.float32),) * 2
     scratch = [own, buffers, ring, plgpu.Barrier(num_arrivals=2, num_barriers=readers)]
     run = _kernel(body, types, scratch, (size, heads), readers)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from block_sparse import problem
 
-from flora_jax.kernels import aot, dispatch
+from flora_jax.kernels import aot, dispatch, hopper
 from flora_jax.kernels.block_sparse_attention import (
     api,
     arg_specs,
@@ -116,7 +116,7 @@ def test_forward_and_backward_compile_for_h100(spec, aot_target):
 @pytest.mark.aot
 @pytest.mark.parametrize("aot_target", ["h100"], indirect=True)
 def test_a_block_that_does_not_fit_is_refused_by_the_compiler_too(aot_target, monkeypatch):
-    monkeypatch.setattr(mosaic_gpu, "MEMORY", 1 << 20)
+    monkeypatch.setattr(hopper, "MEMORY", 1 << 20)
     monkeypatch.setattr(mosaic_gpu, "supported", lambda *args: None)
     spec = dataclasses.replace(arg_specs.BENCH[-1], block_k=256)
     with pytest.raises(Exception, match="(?i)shared memory|smem|RESOURCE_EXHAUSTED"):

@@ -1,0 +1,100 @@
+"""What the kernels for Hopper GPUs (Pallas Mosaic GPU) share: tiles and a ring of buffers."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+MEMORY = 220 << 10
+"""Bytes of shared memory per program; the device has 227 KiB."""
+TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
+FLOAT_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+
+
+def tiles(*shape: int, dtype: Any) -> Any:
+    """Shared memory that the matrix unit reads: rows of 64 times n numbers of 16 bits."""
+    return plgpu.SMEM(shape, dtype, transforms=TRANSFORMS)
+
+
+def float_tiles(*shape: int) -> Any:
+    """Shared memory for float32 tiles; they are copied and read, never multiplied."""
+    return plgpu.SMEM(shape, jnp.float32, transforms=FLOAT_TRANSFORMS)
+
+
+def load(ref: Any, layout: Any) -> Array:
+    """An array in registers, from shared memory."""
+    # jax 0.10 takes an index, which jax 0.12 has no argument for.
+    index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+    return plgpu.load(ref, *index, layout=layout)
+
+
+def zeros(*shape: int) -> Array:
+    """A float32 tile of zeros in registers."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ring:
+    """Buffers in shared memory that one warpgroup fills and the others empty.
+
+    Attributes:
+      buffers: ``[slots, ...]`` references, filled together.
+      full: barriers, one per slot: all copies into it have arrived.
+      free: barriers, one per slot: every reader has handed it back.
+      slots: number of slots.
+    """
+
+    buffers: Sequence[Any]
+    full: Any
+    free: Any
+    slots: int
+
+    def fill(self, count: Any, sources: Callable[[Any], Sequence[Any]]) -> None:
+        """Copies in ``sources(t)`` for every step ``t < count``; the copying warpgroup's part."""
+        plgpu.set_max_registers(40, action="decrease")
+
+        def copy(t: Any, slot: Any) -> None:
+            for source, buffer in zip(sources(t), self.buffers):
+                plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
+
+        for t in range(self.slots):
+            pl.when(t < count)(functools.partial(copy, t, t))
+
+        @pl.loop(self.slots, jnp.maximum(count, self.slots))
+        def _(t: Any) -> None:
+            slot = lax.rem(t, jnp.array(self.slots, t.dtype))
+            plgpu.barrier_wait(self.free.at[slot])
+            copy(t, slot)
+
+    def each(self, count: Any, body: Callable[..., Any], carry: Any) -> Any:
+        """``carry = body(t, buffers, carry)`` for every step; a reading warpgroup's part."""
+
+        def step(t: Any, carry: Any) -> Any:
+            slot = lax.rem(t, jnp.array(self.slots, t.dtype))
+            plgpu.barrier_wait(self.full.at[slot])
+            carry = body(t, [buffer.at[slot] for buffer in self.buffers], carry)
+            plgpu.barrier_arrive(self.free.at[slot])
+            return carry
+
+        return lax.fori_loop(0, count, step, carry)
+
+
+def ring_barriers(copies: int, readers: int, slots: int) -> tuple[Any, Any]:
+    """``full`` and ``free`` of a :class:`Ring` whose slots take this many copies."""
+    return (
+        plgpu.Barrier(num_arrivals=copies, num_barriers=slots),
+        plgpu.Barrier(num_arrivals=readers, num_barriers=slots),
+    )
+
+
+def slots(fixed: int, each: int, steps: int) -> int:
+    """Slots of a ring: as many as shared memory holds beside ``fixed`` bytes, at most 4."""
+    return max(1, min(4, steps, (MEMORY - fixed) // each))
