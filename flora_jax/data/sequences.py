@@ -54,6 +54,11 @@ class SequenceTask(Generated):
             raise ConfigError(f"vocab={self.vocab}: {self.task} of {self.length} needs {need}")
 
     @property
+    def source(self) -> str:
+        """What the sequences are, for people."""
+        return f"{self.task} of {self.length}"
+
+    @property
     def seq_len(self) -> int:
         """T of the batches."""
         n = self.length

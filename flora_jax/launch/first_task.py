@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 import flora_jax as flora
 from flora_jax.adapters import Replace
+from flora_jax.core.adapter import Adapter
 from flora_jax.core.paths import flatten, unflatten
 from flora_jax.io import safetensors
 from flora_jax.training import create_state, make_step
@@ -35,10 +36,15 @@ class Pretraining:
 
 
 def trained(
-    loss: Loss, params: Any, how: Pretraining, seed: int, tokenizer: Any = None
+    loss: Loss,
+    params: Any,
+    how: Pretraining,
+    seed: int,
+    tokenizer: Any = None,
+    rules: Mapping[str, Adapter | None] | None = None,
 ) -> dict[str, Any]:
-    """All weights of ``params`` after the first task."""
-    plan = flora.plan(params, {".*": Replace()})
+    """``params`` after the first task, all of them trained unless there are rules."""
+    plan = flora.plan(params, rules or {".*": Replace()})
     adapters = flora.init(plan, jax.random.key(0), params)
     state = create_state(plan, adapters, how.optimizer, seed)
     step = make_step(loss, plan, how.optimizer)
