@@ -113,8 +113,25 @@ def _prefill(model, params, tokens, lengths, key, kind, numbers, max_len):
     return {"cache": cache, "token": token, "position": lengths, "count": jnp.int32(1)}
 
 
-def _advance(model, params, state, key, kind, numbers):
-    """Feed every row its last token and draw the next."""
+def advance(
+    model: nn.Module,
+    params: Any,
+    state: dict[str, Any],
+    key: jax.Array,
+    kind: str,
+    numbers: dict[str, jax.Array],
+) -> dict[str, Any]:
+    """Feed every row its last token and draw the next: the body of a decoding loop.
+
+    Args:
+      state: ``cache`` (``model.init_cache(batch, max_len)``), the last ``token [B]`` of each row,
+        its ``position [B]``, and ``count``, the draws so far; int32.
+      key: of the sampling; a draw's own key is folded from it and ``count``.
+      kind, numbers: of a :class:`Sampling`.
+
+    Returns:
+      the next state, of the same shapes.
+    """
     hidden, cache = model.apply(
         {"params": params},
         state["token"][:, None],
@@ -132,7 +149,7 @@ def _advance(model, params, state, key, kind, numbers):
     }
 
 
-_step = jax.jit(_advance, static_argnames=("model", "kind"), donate_argnames=("state",))
+_step = jax.jit(advance, static_argnames=("model", "kind"), donate_argnames=("state",))
 
 
 @partial(jax.jit, static_argnames=("model", "kind", "room"))
@@ -148,7 +165,7 @@ def _loop(model, params, state, key, kind, numbers, eos, limit, room):
     def body(carry):
         state, out, done = carry
         at = state["count"]
-        state = _advance(model, params, state, key, kind, numbers)
+        state = advance(model, params, state, key, kind, numbers)
         out = out.at[:, at].set(jnp.where(done, ENDED, state["token"]))
         return state, out, done | jnp.isin(state["token"], eos)
 
