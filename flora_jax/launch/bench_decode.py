@@ -33,9 +33,7 @@ BASELINE = "Softmax"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(m.name for m in methods("attention") if m.name != BASELINE)
     parser.add_argument("--variants", default="LinearAttention,Hedgehog,Liger", help=f"of {known}")
-    parser.add_argument(
-        "--contexts", default="1024,4096,16384", help="tokens, comma-separated (default %(default)s)"
-    )
+    parser.add_argument("--contexts", default="1024,4096,16384", help="tokens, comma-separated")
     parser.add_argument("--batch", type=int, default=1, help="rows (default 1)")
     parser.add_argument("--tokens", type=int, default=16, help="a timed call makes (default 16)")
     parser.add_argument("--layers", type=int, default=30, help="of the model (default 30)")
@@ -54,7 +52,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """``{"contexts": [...], "variants": {name: {tokens_per_s, state_bytes}}}``, both of all rows."""
+    """``{"contexts": [...], "variants": {name: {tokens_per_s, state_bytes}}}``, of all rows."""
     try:
         contexts = sorted(int(n) for n in options.contexts.split(","))
     except ValueError:

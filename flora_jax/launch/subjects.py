@@ -116,10 +116,7 @@ class LanguageModel(Source):
         model, params, tokenizer = open_model(self.source, self.dtype, {"remat": self.remat})
         if self.layers is not None:
             model, params = first_layers(model, params, self.layers)
-        if self.attention is not None:
-            key = jax.random.key(self.attention_seed)
-            model, params, report = convert_attention(params, model, to=self.attention, key=key)
-            print(report, file=sys.stderr)
+        model, params = converted(model, params, self.attention, self.attention_seed)
         if isinstance(model.config.attention, Distil):
             loss = Distillation(model=model, xent=self.xent, mse=self.mse)
             return DistilledSubject(model, params, loss, self.source, tokenizer, generates=True)
@@ -127,8 +124,20 @@ class LanguageModel(Source):
         return Subject(model, params, loss, self.source, tokenizer, generates=True)
 
 
+def converted(
+    model: nn.Module, params: Any, attention: Variant | None, seed: int
+) -> tuple[nn.Module, Any]:
+    """The model with another attention, which is reported; None leaves it as it is."""
+    if attention is None:
+        return model, params
+    key = jax.random.key(seed)
+    model, params, report = convert_attention(params, model, to=attention, key=key)
+    print(report, file=sys.stderr)
+    return model, params
+
+
 class DistilledSubject(Subject):
-    """A language model that is judged by how well the students of its attention follow it."""
+    """A model that is judged by how well the students of its attention follow it."""
 
     def figures(self, means):
         return {name: means[name] for name in ("xent", "mse")}
@@ -143,19 +152,29 @@ class TextClassifier(Source):
       pooling: what the head reads: ``mean``, ``cls`` or ``pooler``.
       dtype: of the base parameters.
       head_seed: of the head's initial values.
+      attention, attention_seed, mse, xent: as of :class:`LanguageModel`.
     """
 
     source: str = "minilm-l6"
     pooling: str = "mean"
     dtype: str = "float32"
     head_seed: int = 0
+    attention: Variant | None = None
+    attention_seed: int = 0
+    mse: float = 0.0
+    xent: float = 1.0
 
     def load(self, data, folder=None):
         model, params, tokenizer = open_model(self.source, self.dtype, {})
         key = jax.random.key(self.head_seed)
         changes = {"pooling": self.pooling, "use_pooler": self.pooling == "pooler"}
         model, params = heads.with_head(model, params, data.num_classes, key, **changes)
-        loss = Classification(model=model, inputs=("tokens", "mask", "token_types"))
+        model, params = converted(model, params, self.attention, self.attention_seed)
+        inputs = ("tokens", "mask", "token_types")
+        if isinstance(model.config.attention, Distil):
+            loss = Distillation(model=model, inputs=inputs, xent=self.xent, mse=self.mse)
+            return DistilledSubject(model, params, loss, self.source, tokenizer)
+        loss = Classification(model=model, inputs=inputs)
         return Subject(model, params, loss, self.source, tokenizer)
 
 

@@ -26,7 +26,7 @@ from flora_jax.models.attention_config import read_attention, write_attention
 from flora_jax.models.encoder_layers import Mode
 
 POOLING = ("pooler", "mean", "cls")
-OUTPUTS = ("hidden", "layers", "logits", *POOLING)
+OUTPUTS = ("hidden", "layers", "reports", "logits", *POOLING)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,8 @@ class _Attention(nn.Module):
             cfg.attention,
             name="self",
         )
-        return _Output(cfg, self.mode, name="output")(heads(x, mask), x)
+        out, report = heads(x, mask)
+        return _Output(cfg, self.mode, name="output")(out, x), report
 
 
 class _Intermediate(nn.Module):
@@ -218,10 +219,10 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask):
-        x = _Attention(self.config, self.mode, name="attention")(x, mask)
+        x, report = _Attention(self.config, self.mode, name="attention")(x, mask)
         wide = _Intermediate(self.config, name="intermediate")(x)
         x = _Output(self.config, self.mode, name="output")(wide, x)
-        return x, (x if self.mode.collect else None)
+        return x, self.mode.kept(x, report)
 
 
 class _Pooler(nn.Module):
@@ -278,8 +279,9 @@ class Bert(nn.Module):
           token_types: ``[B,T]`` segment ids; zeros if not given.
           positions: ``[B,T]`` or ``[T]``; ``0..T-1`` if not given.
           output: ``hidden [B,T,D]``, ``layers [L+1,B,T,D]`` (embeddings first), ``pooler``,
-            ``mean`` or ``cls`` ``[B,D]``, ``logits [B,labels]``. Default: the logits if there is
-            a head, else hidden.
+            ``mean`` or ``cls`` ``[B,D]``, ``logits [B,labels]``, or ``reports``: what the
+            layers' attention has to report, stacked, None for most variants. Default: the logits
+            if there is a head, else hidden.
           train: dropout on (needs the ``dropout`` rng if a rate is not zero).
 
         Raises:
@@ -297,7 +299,7 @@ class Bert(nn.Module):
         positions = positions + start
         if token_types is None:
             token_types = jnp.zeros_like(tokens)
-        mode = Mode(train, output == "layers")
+        mode = Mode(train, output)
         x = _Embeddings(cfg, mode, name="embeddings")(tokens, positions, token_types)
         how = {"remat": cfg.remat, "scan": cfg.scan_layers}
         hidden, every = encoder.run_layers(
@@ -309,6 +311,7 @@ class Bert(nn.Module):
         if cfg.num_labels:
             features = _dropout(cfg, mode)(pooled[cfg.pooling])
             pooled["logits"] = _dense(cfg, cfg.num_labels, "classifier")(features)
+        pooled["reports"] = every
         return jnp.concatenate([x[None], every]) if output == "layers" else pooled[output]
 
     def to_hf(self) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from flora_jax.core.errors import ConfigError
 from flora_jax.linen.layers import Conv, Dense, Embed
 from flora_jax.models import encoder_layers as encoder
 from flora_jax.models.dit_config import DiTConfig
+from flora_jax.models.encoder_layers import Mode
 
 _XAVIER = nn.initializers.xavier_uniform()
 _SMALL = nn.initializers.normal(0.02)
@@ -109,7 +110,8 @@ class _Attention(nn.Module):
             name="attention",
         )
         out = encoder.AttentionOutput(_XAVIER, cfg.param_dtype, cfg.projection, name="output")
-        return out(heads(x, None))
+        y, report = heads(x, None)
+        return out(y), report
 
 
 class _MLP(nn.Module):
@@ -129,7 +131,7 @@ class _Layer(nn.Module):
 
     config: DiTConfig
     grid: tuple[int, int]
-    collect: bool
+    mode: Mode
 
     @nn.compact
     def __call__(self, x, condition):
@@ -137,10 +139,11 @@ class _Layer(nn.Module):
         numbers = _dense(cfg, 6 * cfg.hidden_size, "modulation", _ZERO)(jax.nn.silu(condition))
         shift1, scale1, gain1, shift2, scale2, gain2 = jnp.split(numbers, 6, axis=-1)
         inside = _modulate(_normalise(x, cfg.layer_norm_eps), shift1, scale1)
-        x = x + gain1[:, None] * _Attention(cfg, self.grid, name="attention")(inside)
+        y, report = _Attention(cfg, self.grid, name="attention")(inside)
+        x = x + gain1[:, None] * y
         inside = _modulate(_normalise(x, cfg.layer_norm_eps), shift2, scale2)
         x = x + gain2[:, None] * _MLP(cfg, name="mlp")(inside)
-        return x, (x if self.collect else None)
+        return x, self.mode.kept(x, report)
 
 
 class _Final(nn.Module):
@@ -186,8 +189,9 @@ class DiT(nn.Module):
         Args:
           time: ``[B]``, noise level in [0, 1]: a step of a discrete process over its length.
           labels: ``[B]`` ints up to ``num_classes``, which stands for no class; default none.
-          output: ``prediction [B,H,W,out_channels]`` or ``layers [L+1,B,N,D]``: the embeddings and
-            what each block adds up to.
+          output: ``prediction [B,H,W,out_channels]``; ``layers [L+1,B,N,D]``: the embeddings and
+            what each block adds up to; ``reports``: what the layers' attention has to report,
+            stacked, None for most variants.
 
         Raises:
           ConfigError: an unknown output; images or labels that the configuration does not fit.
@@ -205,12 +209,14 @@ class DiT(nn.Module):
             table = Embed(cfg.num_classes + 1, d, dtype, cfg.param_dtype, name="y_embedder")
             condition = condition + table(labels)
         how = {"remat": cfg.remat, "scan": cfg.scan_layers}
-        fields = {"config": cfg, "grid": (height, width), "collect": output == "layers"}
+        fields = {"config": cfg, "grid": (height, width), "mode": Mode(collect=output)}
         out, every = encoder.run_layers(
             _Layer, cfg.num_hidden_layers, x, condition, **how, **fields
         )
         if output == "layers":
             return jnp.concatenate([x[None], every])
+        if output == "reports":
+            return every
         return _Final(cfg, name="final_layer")(out, condition, height, width)
 
     def dummy_inputs(self) -> tuple[jax.Array, ...]:
@@ -220,7 +226,7 @@ class DiT(nn.Module):
 
     def _check(self, images, labels, output):
         cfg = self.config
-        encoder.check_choice("output", output, ("prediction", "layers"))
+        encoder.check_choice("output", output, ("prediction", "layers", "reports"))
         if images.ndim != 4 or images.shape[-1] != cfg.num_channels:
             raise ConfigError(f"images {images.shape} are not [B,H,W,{cfg.num_channels}]")
         if images.shape[1] % cfg.patch_size or images.shape[2] % cfg.patch_size:

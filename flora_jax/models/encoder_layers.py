@@ -57,10 +57,18 @@ def kernel_init(std: float | None) -> nn.initializers.Initializer:
 
 @dataclasses.dataclass(frozen=True)
 class Mode:
-    """What a call asks of every submodule: dropout on, every layer's output kept."""
+    """What a call asks of every submodule: dropout on, what every layer gives besides.
+
+    Args:
+      collect: the output of the model that it is for: ``layers`` or ``reports``; else nothing.
+    """
 
     train: bool = False
-    collect: bool = False
+    collect: str = ""
+
+    def kept(self, x: jax.Array, report: Any) -> Any:
+        """A layer's second result: its output, or what its attention reports (:class:`Variant`)."""
+        return {"layers": x, "reports": report}.get(self.collect)
 
 
 class TokenConv(nn.Module):
@@ -91,6 +99,8 @@ def projection(how: ConvShare | None, features: int, **options: Any) -> nn.Modul
 class SelfAttention(nn.Module):
     """Query, key and value projections and the attention itself, ``[B,T,D] -> [B,T,D]``.
 
+    The second result is what the attention reports, for most variants None.
+
     Args:
       grid: ``(h, w)`` when the last ``h * w`` tokens are an image's patches.
       projection: what the three projections are in place of dense layers.
@@ -107,7 +117,7 @@ class SelfAttention(nn.Module):
     projection: ConvShare | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None) -> tuple[jax.Array, Any]:
         options = {
             "use_bias": self.use_bias,
             "param_dtype": self.param_dtype,
@@ -129,7 +139,7 @@ class SelfAttention(nn.Module):
         dim, width = q.shape[-1], x.shape[-1]
         sizes = Sizes(heads=self.heads, kv_heads=self.heads, dim=dim, width=width)
         core = FloraAttention(self.variant, sizes, self.param_dtype, name="attention")
-        out, _ = core(
+        out, report = core(
             q,
             k,
             v,
@@ -139,7 +149,7 @@ class SelfAttention(nn.Module):
             dropout=dropout,
             inputs=Inputs(x=x, q=q, k=k, grid=self.grid),
         )
-        return out.reshape(x.shape)
+        return out.reshape(x.shape), report
 
 
 class AttentionOutput(nn.Module):
@@ -191,7 +201,7 @@ def run_layers(
     for i in range(length):
         x, y = block(**fields, name=f"layers_{i}")(x, *broadcast)
         each.append(y)
-    return x, None if each[0] is None else jnp.stack(each)
+    return x, jax.tree.map(lambda *y: jnp.stack(y), *each)
 
 
 def read_labels(config: Mapping[str, Any]) -> int:

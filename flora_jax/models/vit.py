@@ -25,7 +25,7 @@ from flora_jax.models.encoder_layers import Mode
 from flora_jax.models.resize import resize_grid
 from flora_jax.models.vit_config import POOLING, ViTConfig
 
-OUTPUTS = ("hidden", "layers", "logits", *POOLING)
+OUTPUTS = ("hidden", "layers", "reports", "logits", *POOLING)
 
 
 def _dense(cfg: ViTConfig, features: int, name: str) -> Dense:
@@ -100,7 +100,8 @@ class _Attention(nn.Module):
         )
         init = encoder.kernel_init(cfg.initializer_range)
         out = encoder.AttentionOutput(init, cfg.param_dtype, cfg.projection, name="output")
-        return out(heads(x, None))
+        y, report = heads(x, None)
+        return out(y), report
 
 
 class _MLP(nn.Module):
@@ -139,14 +140,19 @@ class _Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = x + self._branch(_Attention(self.config, self.mode, self.grid, name="attention"), x, 1)
-        x = x + self._branch(_MLP(self.config, name="mlp"), x, 2)
-        return x, (x if self.mode.collect else None)
+        attention = _Attention(self.config, self.mode, self.grid, name="attention")
+        y, report = attention(self._norm(1)(x))
+        x = x + self._branch(y, 1)
+        x = x + self._branch(_MLP(self.config, name="mlp")(self._norm(2)(x)), 2)
+        return x, self.mode.kept(x, report)
 
-    def _branch(self, block, x, number):
+    def _norm(self, number):
+        cfg = self.config
+        return LayerNorm(cfg.layer_norm_eps, cfg.param_dtype, name=f"norm{number}")
+
+    def _branch(self, x, number):
         cfg, still = self.config, not self.mode.train
-        norm = LayerNorm(cfg.layer_norm_eps, cfg.param_dtype, name=f"norm{number}")
-        x = nn.Dropout(cfg.hidden_dropout_prob, deterministic=still)(block(norm(x)))
+        x = nn.Dropout(cfg.hidden_dropout_prob, deterministic=still)(x)
         if cfg.layerscale_value is not None:
             name = f"layer_scale{number}"
             x = LayerScale(cfg.layerscale_value, cfg.param_dtype, name=name)(x)
@@ -191,8 +197,9 @@ class ViT(nn.Module):
           masked: ``[B,N]`` booleans, true where ``mask_token`` takes a patch's place.
           output: ``hidden [B,1+N,D]`` (after the final norm, cls first), ``layers [L+1,B,1+N,D]``
             (embeddings first, before the final norm), ``cls``, ``mean`` or ``pooler`` ``[B,D]``,
-            ``cls_mean [B,2D]``, ``logits [B,labels]``. Default: the logits if there is a head,
-            else hidden.
+            ``cls_mean [B,2D]``, ``logits [B,labels]``, or ``reports``: what the layers'
+            attention has to report, stacked, None for most variants. Default: the logits if there
+            is a head, else hidden.
           train: dropout and stochastic depth on (needs the ``dropout`` rng if a rate is not zero).
 
         Raises:
@@ -202,7 +209,7 @@ class ViT(nn.Module):
         cfg = self.config
         output = output or ("logits" if cfg.num_labels else "hidden")
         self._check(images, masked, output)
-        mode = Mode(train, output == "layers")
+        mode = Mode(train, output)
         x = _Embeddings(cfg, mode, name="embeddings")(images, masked)
         grid = (images.shape[1] // cfg.patch_size, images.shape[2] // cfg.patch_size)
         how = {"remat": cfg.remat, "scan": cfg.scan_layers}
@@ -213,6 +220,7 @@ class ViT(nn.Module):
         if cfg.num_labels:
             head = _dense(cfg, cfg.num_labels, "classifier")
             pooled["logits"] = head(pooled[cfg.pooling])
+        pooled["reports"] = every
         return jnp.concatenate([x[None], every]) if output == "layers" else pooled[output]
 
     def to_hf(self) -> dict[str, Any]:

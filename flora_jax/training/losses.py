@@ -232,35 +232,51 @@ class Answers:
 class Distillation:
     """How far linear attention is from softmax: ``sum xent_weight xent + mse_weight mse``.
 
-    Means over layers, heads and tokens; padding (segment 0) does not count.
+    Means over layers, heads and tokens; padding (segment 0, or mask 0) does not count.
 
     Args:
-      model: a decoder whose attention is ``flora_jax.attention.Distil``.
+      model: its attention is ``flora_jax.attention.Distil``.
+      inputs: batch keys that an encoder takes, in order; none for a decoder.
       xent: weight of the cross-entropy of the attention weights; Hedgehog's loss is this alone.
       mse: weight of the heads' outputs' squared error; LoLCATs recommends 1000 with xent 0.
     """
 
     model: Any
+    inputs: tuple[str, ...] = ()
     xent: float = 1.0
     mse: float = 0.0
 
     def __call__(self, bound, batch, rng, train) -> Sums:
-        _, report = self.model.apply(
+        report = (self._of_encoder if self.inputs else self._of_decoder)(bound, batch)
+        if report is None:
+            raise ConfigError("Distillation needs a model with attention=Distil(student=...)")
+        means = {name: each.mean(axis=0) for name, each in report.items()}
+        real = self._real(batch, means["xent"])
+        sums = {name: jnp.sum(real * each) for name, each in means.items()}
+        loss = self.xent * sums["xent"] + self.mse * sums["mse"]
+        return loss, jnp.sum(real), sums
+
+    def _of_decoder(self, bound: Any, batch: Mapping[str, Any]) -> Any:
+        return self.model.apply(
             {"params": bound},
             batch["tokens"],
             positions=batch.get("positions"),
             segment_ids=batch.get("segment_ids"),
             output="hidden",
-        )
-        if report is None:
-            raise ConfigError("Distillation needs a model with attention=Distil(student=...)")
-        segments = batch.get("segment_ids")
-        real = jnp.ones(batch["tokens"].shape, bool) if segments is None else segments != 0
-        sums = {
-            name: jnp.where(real, each.mean(axis=0), 0).sum() for name, each in report.items()
-        }
-        loss = self.xent * sums["xent"] + self.mse * sums["mse"]
-        return loss, real.sum().astype(jnp.float32), sums
+        )[1]
+
+    def _of_encoder(self, bound: Any, batch: Mapping[str, Any]) -> Any:
+        inputs = inputs_of(batch, self.inputs)
+        return self.model.apply({"params": bound}, *inputs, output="reports")
+
+    def _real(self, batch: Mapping[str, Any], like: jax.Array) -> jax.Array:
+        """1 for a token ``[B, T]``, 0 for padding."""
+        if not self.inputs:
+            segments = batch.get("segment_ids")
+            return jnp.ones_like(like) if segments is None else (segments != 0).astype(like.dtype)
+        rows = (weights_of(batch, like) > 0).astype(like.dtype)[:, None]
+        mask = batch["mask"].astype(like.dtype) if "mask" in self.inputs else jnp.ones_like(like)
+        return rows * mask
 
 
 def inputs_of(batch: Mapping[str, Any], keys: tuple[str, ...]) -> list[Any]:

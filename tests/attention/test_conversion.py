@@ -176,6 +176,38 @@ def test_distillation_trains_the_maps_alone(source, tokens):
     assert value < last
 
 
+@pytest.mark.parametrize("scan", [True, False], ids=["scan", "loop"])
+@pytest.mark.parametrize("kind", ["bert", "vit"])
+def test_encoders_report_to_the_distillation(kind, scan):
+    """The means over real tokens, by hand from the layers' own reports; maps alone are trained."""
+    if kind == "bert":
+        model, inputs = Bert(BertConfig.tiny(scan_layers=scan)), ("tokens", "mask")
+        batch = {"tokens": jnp.arange(12).reshape(2, 6), "mask": jnp.ones((2, 6)).at[1, 4:].set(0)}
+    else:
+        model, inputs = ViT(ViTConfig.tiny(scan_layers=scan)), ("image",)
+        batch = {"image": jax.random.normal(jax.random.key(0), (2, 8, 8, 1))}
+    batch["weight"] = jnp.ones(2)
+    to = Distil(student=Hedgehog(feature_map="exp", bias=True), rows=4)
+    model, params, _ = flora.convert_attention(random_params(model), model, to=to)
+    loss = Distillation(model=model, inputs=inputs, mse=2.0)
+
+    def both(params):
+        total, *rest = loss(params, batch, None, True)
+        return total, rest
+
+    (total, (count, sums)), grads = jax.jit(jax.value_and_grad(both, has_aux=True))(params)
+    arguments = [batch[name] for name in inputs]
+    reports = model.apply({"params": params}, *arguments, output="reports")
+    assert reports["xent"].shape == (2, 2, 6 if kind == "bert" else 17)
+    real = batch.get("mask", jnp.ones(reports["xent"].shape[1:]))
+    np.testing.assert_allclose(sums["xent"], (reports["xent"].mean(0) * real).sum(), rtol=1e-5)
+    np.testing.assert_allclose(total, sums["xent"] + 2 * sums["mse"], rtol=1e-6)
+    assert count == real.sum()
+    for path, g in flatten(grads).items():
+        own = path.endswith(("_map", "_bias")) and "/attention/" in path
+        assert (np.abs(g).max() > 0) == own, path
+
+
 def test_distillation_needs_a_student(source, tokens):
     with pytest.raises(ConfigError, match="attention=Distil"):
         Distillation(model=source[0])(source[1], {"tokens": tokens}, None, True)
