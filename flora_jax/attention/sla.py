@@ -72,5 +72,5 @@ class SLA(Variant):
 
     def whole(self, params, q, k, v, call):
         sparse, low = branches(q, k, v, self.config(), scale=call.scale)
-        low = ops.dot(low, params["proj"]["kernel"]) + params["proj"]["bias"]
+        low = ops.dot(low, params["proj"]["kernel"]) + ops.value(params["proj"]["bias"], low.dtype)
         return (sparse.astype(jnp.float32) + low).astype(q.dtype)
