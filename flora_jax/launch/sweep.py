@@ -12,7 +12,9 @@ import contextlib
 import json
 import multiprocessing
 import os
+import signal
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures.process import BrokenProcessPool
@@ -28,15 +30,29 @@ from flora_jax.launch.experiment import Experiment, Run
 from flora_jax.training.run_dir import RunDir, write_text
 
 STYLE = {"done": "green", "running": "yellow", "failed": "red", "waiting": "dim"}
+GRACE = 60.0
+"""Seconds that a run has to save itself when its sweep has died."""
 
 
-def _share_compiled(folder: str) -> None:
-    """Has a worker keep what it compiles in a folder of all workers, unless one is set already."""
+def _start_worker(folder: str) -> None:
+    """What a worker compiles is kept in a folder of all workers, unless one is set already.
+
+    It ends with the sweep: one that was killed would leave runs that nobody waits for.
+    """
     import jax  # the worker is a fresh process
 
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", folder)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    # A training run saves itself, anything else ends here; a worker without work would wait.
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(1)
 
 
 def run_one(
@@ -95,7 +111,7 @@ def sweep(
     with (
         tempfile.TemporaryDirectory(prefix="flora-compiled-") as compiled,
         concurrent.futures.ProcessPoolExecutor(
-            min(jobs, len(waiting)), context, _share_compiled, (compiled,)
+            min(jobs, len(waiting)), context, _start_worker, (compiled,)
         ) as pool,
     ):
         tasks = {

@@ -81,14 +81,25 @@ def test_a_killed_sweep_continues(tmp_path):
     deadline = time.time() + 60
     while time.time() < deadline and not _done(tmp_path):
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     process.wait()
+    while _alive(process.pid) and time.time() < deadline:
+        time.sleep(0.05)
+    assert not _alive(process.pid), "a worker outlived its sweep"
     done = _done(tmp_path)
     assert 0 < len(done) < 6
     stamps = {run: RunDir(run).status()["updated"] for run in done}
     assert sweep(Experiment.find(TOY), tmp_path, extra=["toy.pause=0.6"], jobs=3) == 0
     assert len(_done(tmp_path)) == 6
     assert all(RunDir(run).status()["updated"] == stamps[run] for run in done)
+
+
+def _alive(group):
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _done(out):
