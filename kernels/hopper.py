@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,10 +13,30 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from flora_jax.kernels import dispatch
+
 MEMORY = 220 << 10
 """Bytes of shared memory per program; the device has 227 KiB."""
 TRANSFORMS = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
 FLOAT_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
+
+
+def kernel(
+    body: Any, types: Any, scratch: Any, grid: Mapping[str, int], warpgroups: int
+) -> Callable[..., Any]:
+    """``body(*inputs, *outputs, *scratch)`` over a grid of programs; ``wg`` names the warpgroup."""
+    mode = dispatch.interpret_mode()
+    return plgpu.kernel(
+        body,
+        out_type=types,
+        scratch_types=scratch,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        **({"interpret": mode} if mode else {}),
+    )
 
 
 def tiles(*shape: int, dtype: Any) -> Any:
@@ -57,9 +77,16 @@ class Ring:
     free: Any
     slots: int
 
-    def fill(self, count: Any, sources: Callable[[Any], Sequence[Any]]) -> None:
-        """Copies in ``sources(t)`` for every step ``t < count``; the copying warpgroup's part."""
-        plgpu.set_max_registers(40, action="decrease")
+    def fill(
+        self, count: Any, sources: Callable[[Any], Sequence[Any]], registers: int | None = 40
+    ) -> None:
+        """Copies in ``sources(t)`` for every step ``t < count``; the copying warpgroup's part.
+
+        Args:
+          registers: what it keeps, so that others may have more; None: what it has.
+        """
+        if registers is not None:
+            plgpu.set_max_registers(registers, action="decrease")
 
         def copy(t: Any, slot: Any) -> None:
             for source, buffer in zip(sources(t), self.buffers):

@@ -17,7 +17,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flora_jax.kernels import dispatch, hopper
+from flora_jax.kernels import hopper
 from flora_jax.kernels.block_sparse_attention import tile
 from flora_jax.kernels.block_sparse_attention.layout import (
     Shape,
@@ -97,18 +97,7 @@ def _scores(shape: Shape, s: Array, block: Any) -> Array:
 
 
 def _kernel(body: Any, types: Any, scratch: Any, grid: tuple[int, int], readers: int) -> Any:
-    mode = dispatch.interpret_mode()
-    return plgpu.kernel(
-        body,
-        out_type=types,
-        scratch_types=scratch,
-        grid=grid,
-        grid_names=("block", "head"),
-        num_threads=readers + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({"interpret": mode} if mode else {}),
-    )
+    return hopper.kernel(body, types, scratch, dict(zip(("block", "head"), grid)), readers + 1)
 
 
 def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[Array, Array]:

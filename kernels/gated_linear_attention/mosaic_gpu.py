@@ -1,0 +1,364 @@
+"""Pallas for Hopper GPUs: the states between chunks in a scan, then all chunks at once.
+
+A program of the scan owns 64 x 64 numbers of a head's state, in registers and in float32, and
+writes it before every chunk, in bfloat16, as products take it. The cotangents of the states are the
+same scan from the end. With both at hand chunks do not depend on each other: a program per chunk
+computes the output, or all gradients. The arithmetic is that of :mod:`tiles64`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from flora_jax.kernels import hopper
+from flora_jax.kernels.gated_linear_attention import tiles64
+from flora_jax.kernels.gated_linear_attention.tiles64 import SIDE
+from flora_jax.kernels.gated_linear_attention.warpgroup import WGMMA, Machine, meet, store
+
+TILE = 2 * SIDE * SIDE
+"""Bytes of a tile of bfloat16."""
+
+
+def mosaic_gpu(
+    q: Array,
+    k: Array,
+    v: Array,
+    g: Array | None,
+    state: Array,
+    segments: Array | None,
+    *,
+    scale: float,
+    chunk: int | None = None,
+) -> tuple[Array, Array]:
+    """Arguments and results as of :func:`flora_jax.kernels.gated_linear_attention.xla.xla`.
+
+    Raises:
+      NotImplementedError: what :func:`supported` refuses.
+    """
+    supported(q, k, v, g, segments, chunk)
+    return _attend(scale, q, k, v, g, state)
+
+
+def supported(
+    q: Array, k: Array, v: Array, g: Array | None, segments: Array | None, chunk: int | None
+) -> None:
+    """Raises NotImplementedError with the reason when the kernels cannot take a call."""
+    dtypes = {x.dtype.name for x in (q, k, v)}
+    if dtypes != {"bfloat16"}:
+        # In float16 a state, a sum over all tokens, overflows.
+        raise NotImplementedError(f"q, k and v in bfloat16, not {', '.join(sorted(dtypes))}")
+    widths = q.shape[3], v.shape[3]
+    if widths not in ((64, 64), (128, 128)):
+        raise NotImplementedError(f"heads of 64 or 128 for keys and values alike, not {widths}")
+    if segments is not None:
+        raise NotImplementedError("segments")
+    if q.shape[1] == 1:
+        raise NotImplementedError("a single token")
+    if chunk not in (None, SIDE):
+        raise NotImplementedError(f"chunks of {SIDE}, not {chunk}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sizes:
+    batch: int
+    heads: int
+    group: int
+    chunks: int
+    width: int
+    """Tiles of a head's channels: 1 or 2."""
+    gate: str
+    """``channel``, ``head`` or ``none``."""
+
+    @property
+    def gated(self) -> bool:
+        return self.gate != "none"
+
+    def gates(self, *lead: int) -> list[Any]:
+        """Shared memory for the log-decays of a chunk: one array, or none."""
+        if self.gate == "channel":
+            return [hopper.float_tiles(*lead, SIDE, SIDE)]
+        return [plgpu.SMEM((*lead, SIDE), jnp.float32)] if self.gated else []
+
+    def gate_of(self, ref: Any, batch: Any, chunk: Any, head: Any, columns: Any) -> Any:
+        """Where a chunk's log-decays are."""
+        if self.gate == "channel":
+            return ref.at[batch, _at(chunk), head, columns]
+        return ref.at[batch, head, _at(chunk)]
+
+    def states(self, heads: int, dtype: Any, *lead: int) -> jax.ShapeDtypeStruct:
+        dim = self.width * SIDE
+        return jax.ShapeDtypeStruct((self.batch, heads, *lead, dim, dim), dtype)
+
+
+def _sizes(q: Array, k: Array, g: Array | None) -> _Sizes:
+    batch, length, heads, dim = k.shape
+    return _Sizes(
+        batch=batch,
+        heads=heads,
+        group=q.shape[2] // heads,
+        chunks=-(-length // SIDE),
+        width=dim // SIDE,
+        gate="none" if g is None else "channel" if g.shape[3] > 1 else "head",
+    )
+
+
+def _pad(x: Array) -> Array:
+    """Zeros behind the end up to whole chunks: they leave the state as it is."""
+    missing = -x.shape[1] % SIDE
+    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
+
+
+def _logs(g: Array | None) -> list[Array]:
+    """As the kernels read them: ``[B, T', H, K]``, for a gate per head ``[B, H, T']``."""
+    if g is None:
+        return []
+    g = _pad(g.astype(jnp.float32))
+    return [g if g.shape[3] > 1 else g[..., 0].swapaxes(1, 2)]
+
+
+def _gate(m: Machine, logs: Sequence[Any], pair: tiles64.Pair) -> tiles64.Gate:
+    """From what :meth:`_Sizes.gates` holds; ``pair`` is room for the halves of its numbers."""
+    if not logs:
+        return tiles64.NoGate()
+    if len(logs[0].shape) == 1:
+        return tiles64.HeadGate(logs[0])
+    pair.write(m, hopper.load(logs[0], WGMMA))
+    return tiles64.ChannelGate(pair)
+
+
+def _at(number: Any) -> Any:
+    """The 64 rows or columns of a tile."""
+    return pl.ds(number * SIDE, SIDE)
+
+
+def _place() -> tuple[Any, ...]:
+    return tuple(lax.axis_index(name) for name in ("chunk", "head", "batch", "wg"))
+
+
+def _scan(
+    s: _Sizes, x: Array, y: Array, logs: Sequence[Array], first: Array,
+    decay: Callable[..., Any], scale: float, reverse: bool = False,
+) -> tuple[Array, Array]:  # fmt: skip
+    """``(states before every chunk [B, H, n, V, K] bfloat16, the last state float32)``.
+
+    Args:
+      x: keys ``[B, T, H, K]``, or queries, whose heads share the decays of one.
+      y: values, or the output's cotangent.
+      first: ``[B, H, V, K]`` float32.
+      decay, scale: of :func:`tiles64.update`.
+      reverse: from the last chunk to the first.
+    """
+    heads, group = x.shape[2], x.shape[2] // s.heads
+    slots = hopper.slots(6 * TILE, 4 * TILE, s.chunks)
+
+    def body(x_ref, y_ref, *refs):
+        *g_ref, first_ref, before_ref, last_ref, buffers, tiles, ring, arrived = refs
+        high, low, room, out, own = tiles
+        stream = hopper.Ring(buffers, *ring, slots)
+        tile, h, b, wg = _place()
+        rows, columns = _at(tile // s.width), _at(lax.rem(tile, s.width))
+        chunk = lambda t: s.chunks - 1 - t if reverse else t
+
+        @pl.when(wg == 0)
+        def _():
+            m = Machine()
+            plgpu.copy_gmem_to_smem(first_ref.at[b, h, rows, columns], own, arrived)
+            plgpu.barrier_wait(arrived)
+
+            def step(t, buffers, state):
+                x, y, *logs = buffers
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                m.write(out, state)
+                plgpu.copy_smem_to_gmem(out, before_ref.at[b, h, chunk(t), rows, columns])
+                gate = _gate(m, logs, tiles64.Pair(high, low))
+                return tiles64.update(m, state, x, y, gate, decay, scale, room)
+
+            state = stream.each(s.chunks, step, hopper.load(own, WGMMA))
+            store(own, state)
+            plgpu.copy_smem_to_gmem(own, last_ref.at[b, h, rows, columns])
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == 1)
+        def _():
+            def sources(t):
+                c = chunk(t)
+                return (
+                    x_ref.at[b, _at(c), h, columns],
+                    y_ref.at[b, _at(c), h, rows],
+                    *(s.gate_of(ref, b, c, h // group, columns) for ref in g_ref),
+                )
+
+            stream.fill(s.chunks, sources, registers=None)
+
+    tiles = partial(hopper.tiles, dtype=jnp.bfloat16)
+    scratch = [
+        [*[tiles(slots, SIDE, SIDE)] * 2, *s.gates(slots)],
+        [*[tiles(SIDE, SIDE)] * 4, hopper.float_tiles(SIDE, SIDE)],
+        hopper.ring_barriers(2 + s.gated, 1, slots),
+        plgpu.Barrier(),
+    ]
+    types = s.states(heads, jnp.bfloat16, s.chunks), s.states(heads, jnp.float32)
+    grid = {"chunk": s.width**2, "head": heads, "batch": s.batch}
+    return hopper.kernel(body, types, scratch, grid, 2)(x, y, *logs, first)
+
+
+def _outputs(
+    s: _Sizes, scale: float, q: Array, k: Array, v: Array, logs: Sequence[Array], before: Array
+) -> Array:
+    """``o``, a program per chunk and query head."""
+
+    def body(q_ref, k_ref, v_ref, *refs):
+        *g_ref, before_ref, o_ref, tiles, decays, arrived, met = refs
+        q, k, v, z, high, low, states = tiles
+        c, n, b, wg = _place()
+        h, at, mine = n // s.group, _at(c), _at(wg)
+        full, decays = arrived.at[wg], [x.at[wg] for x in decays]
+        copy = lambda source, tile: plgpu.copy_gmem_to_smem(source, tile, full)
+        for ref, tile in zip(g_ref, decays):
+            copy(s.gate_of(ref, b, c, h, mine), tile)
+        copy(q_ref.at[b, at, n, mine], q.at[wg])
+        copy(k_ref.at[b, at, h, mine], k.at[wg])
+        copy(v_ref.at[b, at, h, mine], v.at[wg])
+        for u in range(s.width):
+            copy(before_ref.at[b, h, c, mine, _at(u)], states.at[wg, u])
+        plgpu.barrier_wait(full)
+        m = Machine()
+        gate = _gate(m, decays, tiles64.Pair(high.at[wg], low.at[wg]))
+        tiles64.forward(m, q.at[wg], k.at[wg], gate, z.at[wg])
+        meet(met)
+        each = lambda x: [x.at[u] for u in range(s.width)]
+        o = tiles64.outputs(m, each(q), each(z), v.at[wg], each(states.at[wg]), scale)
+        m.write(k.at[wg], o)
+        plgpu.copy_smem_to_gmem(k.at[wg], o_ref.at[b, at, n, mine])
+        plgpu.wait_smem_to_gmem(0)
+
+    tiles = partial(hopper.tiles, s.width, dtype=jnp.bfloat16)
+    scratch = [
+        [*[tiles(SIDE, SIDE)] * 6, tiles(s.width, SIDE, SIDE)],
+        s.gates(s.width),
+        plgpu.Barrier(num_arrivals=3 + s.gated + s.width, num_barriers=s.width),
+        plgpu.Barrier(num_arrivals=s.width),
+    ]
+    types = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    grid = {"chunk": s.chunks, "head": s.heads * s.group, "batch": s.batch}
+    return hopper.kernel(body, types, scratch, grid, s.width)(q, k, v, *logs, before)
+
+
+def _gradients(
+    s: _Sizes, scale: float, q: Array, k: Array, v: Array, logs: Sequence[Array], before: Array,
+    do: Array, d_after: Array,
+) -> tuple[Array, ...]:  # fmt: skip
+    """``(dq, dk, dv[, dg])``, each per query head; a program per chunk and query head.
+
+    For a gate per head dg is ``[B, N, tiles, T']``, in as many parts as a head has tiles.
+    """
+
+    def body(q_ref, k_ref, v_ref, *refs):
+        *refs, tiles, decays, arrived, met = refs
+        g_ref, refs = refs[: len(logs)], refs[len(logs) :]
+        before_ref, do_ref, d_after_ref, dq_ref, dk_ref, dv_ref, *dg_ref = refs
+        q, k, v, do, z, keys, high, low, states, d_states = tiles
+        c, n, b, wg = _place()
+        h, at, mine = n // s.group, _at(c), _at(wg)
+        decays = [x.at[wg] for x in decays]
+        copy = lambda source, tile: plgpu.copy_gmem_to_smem(source, tile, arrived)
+        for ref, tile in zip(g_ref, decays):
+            copy(s.gate_of(ref, b, c, h, mine), tile)
+        copy(do_ref.at[b, at, n, mine], do.at[wg])
+        copy(v_ref.at[b, at, h, mine], v.at[wg])
+        copy(q_ref.at[b, at, n, mine], q.at[wg])
+        copy(k_ref.at[b, at, h, mine], k.at[wg])
+        for u in range(s.width):
+            copy(before_ref.at[b, h, c, mine, _at(u)], states.at[wg, u])
+            copy(d_after_ref.at[b, n, c, mine, _at(u)], d_states.at[wg, u])
+        plgpu.barrier_wait(arrived)
+        m, room = Machine(), tiles64.Pair(high.at[wg], low.at[wg])
+        gate = _gate(m, decays, room)
+        each = lambda x: [x.at[u] for u in range(s.width)]
+        column = lambda x: [x.at[u, wg] for u in range(s.width)]
+        chunk = tiles64.Chunk(
+            q.at[wg], k.at[wg], each(v), each(do), column(states), column(d_states), z.at[wg],
+            keys.at[wg],
+        )  # fmt: skip
+        dq, dk, dg = tiles64.gradient(m, chunk, gate, room, scale)
+        m.write(q.at[wg], dq)
+        m.write(k.at[wg], dk)
+        plgpu.copy_smem_to_gmem(q.at[wg], dq_ref.at[b, at, n, mine])
+        plgpu.copy_smem_to_gmem(k.at[wg], dk_ref.at[b, at, n, mine])
+        for tile, ref in zip(decays, dg_ref):
+            whole = s.gate == "channel"
+            store(tile, dg if whole else jnp.sum(dg, axis=1))
+            plgpu.copy_smem_to_gmem(tile, ref.at[b, at, n, mine] if whole else ref.at[b, n, wg, at])
+        meet(met)
+        dv = tiles64.value_gradient(m, each(z), do.at[wg], each(keys), each(d_states.at[wg]))
+        m.write(v.at[wg], dv)
+        plgpu.copy_smem_to_gmem(v.at[wg], dv_ref.at[b, at, n, mine])
+        plgpu.wait_smem_to_gmem(0)
+
+    tiles = partial(hopper.tiles, s.width, dtype=jnp.bfloat16)
+    scratch = [
+        [*[tiles(SIDE, SIDE)] * 8, *[tiles(s.width, SIDE, SIDE)] * 2],
+        s.gates(s.width),
+        plgpu.Barrier(num_arrivals=s.width * (4 + s.gated + 2 * s.width)),
+        plgpu.Barrier(num_arrivals=s.width),
+    ]
+    types = [jax.ShapeDtypeStruct(q.shape, q.dtype)] * 3
+    if s.gated:
+        parts = s.batch, q.shape[2], s.width, q.shape[1]
+        types.append(jax.ShapeDtypeStruct(q.shape if s.gate == "channel" else parts, jnp.float32))
+    grid = {"chunk": s.chunks, "head": s.heads * s.group, "batch": s.batch}
+    run = hopper.kernel(body, types, scratch, grid, s.width)
+    return run(q, k, v, *logs, before, do, d_after)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(scale, q, k, v, g, state):
+    s, length = _sizes(q, k, g), q.shape[1]
+    q, k, v, logs = _pad(q), _pad(k), _pad(v), _logs(g)
+    before, last = _scan(s, k, v, logs, state.swapaxes(2, 3), tiles64.out, 1.0)
+    out = _outputs(s, scale, q, k, v, logs, before)
+    return out[:, :length], last.swapaxes(2, 3)
+
+
+def _attend_forward(scale, q, k, v, g, state):
+    return _attend(scale, q, k, v, g, state), (q, k, v, g, state)
+
+
+def _attend_backward(scale, saved, cotangents):
+    q, k, v, g, state = like = saved
+    d_out, d_last = cotangents
+    s, length = _sizes(q, k, g), q.shape[1]
+    q, k, v, do, logs = _pad(q), _pad(k), _pad(v), _pad(d_out.astype(q.dtype)), _logs(g)
+    before, _ = _scan(s, k, v, logs, state.swapaxes(2, 3), tiles64.out, 1.0)
+    # All is linear in the cotangents: the heads that share a state are computed as if each had its
+    # own, of which the first has the last state's cotangent, and added up.
+    d_last = d_last.astype(jnp.float32).swapaxes(2, 3)[:, :, None]
+    d_last = jnp.pad(d_last, ((0, 0), (0, 0), (0, s.group - 1), (0, 0), (0, 0)))
+    d_last = d_last.reshape(s.batch, -1, *d_last.shape[3:])
+    d_after, d_first = _scan(s, q, do, logs, d_last, tiles64.into, scale, reverse=True)
+    dq, dk, dv, *dg = _gradients(s, scale, q, k, v, logs, before, do, d_after)
+    if s.gate == "head":
+        dg = [dg[0].sum(2).swapaxes(1, 2)[..., None]]
+
+    def add(x: Array, like: Array, axis: int = 2) -> Array:
+        """Over the heads that share keys."""
+        if s.group == 1:
+            return x.astype(like.dtype)
+        shape = (*x.shape[:axis], s.heads, s.group, *x.shape[axis + 1 :])
+        return x.reshape(shape).astype(jnp.float32).sum(axis + 1).astype(like.dtype)
+
+    dk, dv, *dg = (add(x[:, :length], y) for x, y in zip((dk, dv, *dg), like[1:]))
+    d_state = add(d_first, state, axis=1).swapaxes(2, 3)
+    return dq[:, :length], dk, dv, dg[0] if dg else None, d_state
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
