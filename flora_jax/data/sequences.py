@@ -20,7 +20,8 @@ class SequenceTask(Generated):
     Token 0 is the separator; symbols are 1 ... vocab - 1. Only answers have loss.
       - ``copy``: ``s_1 ... s_n 0 s_1 ... s_n``.
       - ``recall``: n key-value pairs with different keys, 0, then the n keys in another order,
-        each followed by its value (multi-query associative recall, arXiv 2312.04927).
+        each followed by its value (multi-query associative recall, arXiv 2312.04927). Keys are
+        below vocab // 2, values are not: a key is never mistaken for a value.
       - ``induction``: n symbols among which x occurs once and is followed by y, then x again; the
         answer is y (arXiv 2209.11895).
 
@@ -49,7 +50,7 @@ class SequenceTask(Generated):
             raise ConfigError(unknown("task", self.task, TASKS))
         if self.length < 2:
             raise ConfigError(f"length must be at least 2, got {self.length}")
-        need = {"copy": 2, "recall": self.length + 1, "induction": 3}[self.task]
+        need = {"copy": 2, "recall": 2 * self.length + 2, "induction": 3}[self.task]
         if self.vocab < need:
             raise ConfigError(f"vocab={self.vocab}: {self.task} of {self.length} needs {need}")
 
@@ -82,10 +83,10 @@ class SequenceTask(Generated):
         return sequence, np.arange(2 * n + 1) > n
 
     def _recall(self, rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
-        n = self.length
-        every = np.broadcast_to(np.arange(1, self.vocab), (count, self.vocab - 1))
+        n, half = self.length, self.vocab // 2
+        every = np.broadcast_to(np.arange(1, half), (count, half - 1))
         keys = rng.permuted(every, axis=1)[:, :n]
-        values = rng.integers(1, self.vocab, (count, n))
+        values = rng.integers(half, self.vocab, (count, n))
         order = rng.permuted(np.broadcast_to(np.arange(n), (count, n)), axis=1)
         pairs = np.stack([keys, values], axis=-1)
         asked = np.take_along_axis(pairs, order[..., None], axis=1)

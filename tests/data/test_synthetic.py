@@ -97,7 +97,7 @@ def test_errors():
         TeacherStudent(d=8, k=3, structure="block_diagonal")
     with pytest.raises(ConfigError, match="unknown task"):
         SequenceTask(task="recal")
-    with pytest.raises(ConfigError, match="vocab=8: recall of 16 needs 17"):
+    with pytest.raises(ConfigError, match="vocab=8: recall of 16 needs 34"):
         SequenceTask(vocab=8)
 
 
@@ -111,6 +111,8 @@ def test_answers_follow_from_what_was_seen(task):
     assert (batch["loss_mask"].sum(1) == asked).all()
     for tokens, targets, mask in zip(batch["tokens"], batch["targets"], batch["loss_mask"]):
         for t in np.flatnonzero(mask):
+            if task == "recall":
+                assert 0 < tokens[t] < 6 <= targets[t] < 12, "keys and values are other symbols"
             if task == "copy":
                 assert targets[t] == tokens[t - 5]
             else:
