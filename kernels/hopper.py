@@ -49,11 +49,11 @@ def float_tiles(*shape: int) -> Any:
     return plgpu.SMEM(shape, jnp.float32, transforms=FLOAT_TRANSFORMS)
 
 
-def load(ref: Any, layout: Any) -> Array:
-    """An array in registers, from shared memory."""
+def load(ref: Any, layout: Any, *, shared: bool = True) -> Array:
+    """An array in registers, from shared memory, or else the device's (slow: for small ones)."""
     # jax 0.10 takes an index, which jax 0.12 has no argument for.
     index = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
-    return plgpu.load(ref, *index, layout=layout)
+    return plgpu.load(ref, *index, layout=layout, optimized=shared)
 
 
 def zeros(*shape: int) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,19 +18,30 @@ from flora_jax.kernels.low_bit_matmul.packing import ROWS, LowBit, Rows, quantiz
 from flora_jax.kernels.manual_axes import together
 
 
-def _tpu(name: str) -> Callable[..., jax.Array]:
-    """A function of pallas_tpu.py, imported when first called: importing Pallas takes a while."""
+def _pallas(module: str, name: str) -> Callable[..., jax.Array]:
+    """A function of a kernel's module, imported when first called: Pallas takes a while."""
 
     def call(*args: Any, **kwargs: Any) -> jax.Array:
-        from flora_jax.kernels.low_bit_matmul import pallas_tpu
-
-        return getattr(pallas_tpu, name)(*args, **kwargs)
+        kernel = importlib.import_module(f"flora_jax.kernels.low_bit_matmul.{module}")
+        return getattr(kernel, name)(*args, **kwargs)
 
     return call
 
 
-FORWARD = {"pallas_tpu": _tpu("forward"), "xla": xla.forward, "reference": reference.forward}
-BACKWARD = {"pallas_tpu": _tpu("dx"), "xla": xla.dx, "reference": reference.dx}
+FORWARD = {
+    "pallas_tpu": _pallas("pallas_tpu", "forward"),
+    "xla": xla.forward,
+    "reference": reference.forward,
+}
+BACKWARD = {
+    "pallas_tpu": _pallas("pallas_tpu", "dx"),
+    "xla": xla.dx,
+    "reference": reference.dx,
+}
+
+# Compiled for Hopper but run on no device yet: only when asked for by name.
+UNTRIED = {"mosaic_gpu": _pallas("mosaic_gpu", "forward")}
+UNTRIED_BACKWARD = {"mosaic_gpu": _pallas("mosaic_gpu", "dx")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +170,8 @@ def _run(how: _How, x: Any, w: LowBit, bias: Any, **other: Any) -> jax.Array:
         x = quantize_rows(x, how.x_format)
     given = {n: getattr(how, n) for n in ("activation", "dtype", "placement", "blocks")} | other
     choice = how.implementation
-    return dispatch.run("low_bit_matmul", FORWARD, x, w, bias, implementation=choice, **given)
+    ops = FORWARD | UNTRIED if choice else FORWARD
+    return dispatch.run("low_bit_matmul", ops, x, w, bias, implementation=choice, **given)
 
 
 def _forward(how: _How, x: Any, w: LowBit, bias: Any) -> tuple[jax.Array, Any]:
@@ -184,7 +197,8 @@ def _backward(how: _How, saved: Any, dy: Any) -> tuple[Any, Any, Any]:
         dy = jax.vjp(lambda z: tiles.activate(z, how.activation), wide)[1](dy.astype(wide.dtype))[0]
     narrow = dy.astype(like.dtype)
     given = {"dtype": like.dtype, "blocks": how.blocks, "implementation": how.implementation}
-    dx = dispatch.run("low_bit_matmul dx", BACKWARD, narrow, w, **given)
+    ops = BACKWARD | UNTRIED_BACKWARD if how.implementation else BACKWARD
+    dx = dispatch.run("low_bit_matmul dx", ops, narrow, w, **given)
     dw = None
     if x is not None:
         if how.x_format is not None:

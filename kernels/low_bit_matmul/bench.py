@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 
+from flora_jax.kernels import dispatch
 from flora_jax.kernels.bench_spec import Case, Rival, Work
 from flora_jax.kernels.low_bit_matmul.api import low_bit_matmul
 from flora_jax.kernels.low_bit_matmul.arg_specs import LARGE, SMALL, Spec
+from flora_jax.kernels.low_bit_matmul.packing import LowBit
 
 
 def cases() -> Iterator[Case]:
@@ -19,6 +22,14 @@ def cases() -> Iterator[Case]:
         yield _case(spec, small=True)
 
 
+def _product(spec: Spec, x: jax.Array, w: LowBit) -> jax.Array:
+    """Through the dispatcher; for a Hopper GPU the kernel that it takes on request only."""
+    choice = dispatch.chosen(None)
+    if choice is None and dispatch.platform() == "sm90":
+        choice = ("mosaic_gpu", "xla")
+    return low_bit_matmul(x, w, x_format=spec.x_format, implementation=choice)
+
+
 def _case(spec: Spec, small: bool) -> Case:
     x, w = spec.x(), spec.weight()
     flops = 2.0 * spec.m * spec.k * spec.n
@@ -26,7 +37,7 @@ def _case(spec: Spec, small: bool) -> Case:
     dense = jax.ShapeDtypeStruct((spec.k, spec.n), jnp.bfloat16)
     return Case(
         name=spec.name,
-        function=lambda x, w: low_bit_matmul(x, w, x_format=spec.x_format),
+        function=functools.partial(_product, spec),
         args=(x, w),
         work=Work(flops=flops, bytes=moved, unit=spec.x_format or "bfloat16"),
         wrt=(0,),

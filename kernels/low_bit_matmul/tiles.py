@@ -115,3 +115,48 @@ def activate(y: jax.Array, name: str) -> jax.Array:
     if name not in ACTIVATIONS:
         raise ConfigError(unknown("activation", name, ACTIVATIONS))
     return ACTIVATIONS[name](y)
+
+
+# Tiles of the transposed product: a row of codes belongs to a column of the weight or, in the
+# gradient by x, to a row of it; ``axis`` is the one that a vector of scales or zero points runs
+# along.
+
+
+UNITS = (1.0, 0.0625)
+"""What the numbers of :func:`halves` count."""
+
+
+def halves(packed: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """int8 bytes to the codes of the low nibbles and 16 times those of the high, in floats.
+
+    A Hopper GPU's compiler has no 8-bit arithmetic but bits.
+    """
+    low = (packed & jnp.int8(15)) ^ jnp.int8(8)
+    return low.astype(dtype) - jnp.array(8, dtype), (packed & jnp.int8(-16)).astype(dtype)
+
+
+def along(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
+    return lax.broadcast_in_dim(vector, shape, (axis,))
+
+
+def centred(codes: jax.Array, zero: jax.Array | None, unit: float, axis: int) -> jax.Array:
+    """``codes - zero / unit``: exact, 8 bits hold the difference of two codes."""
+    if zero is None:
+        return codes
+    zero = (zero.astype(jnp.float32) * (1 / unit)).astype(codes.dtype)
+    return codes - along(zero, codes.shape, axis)
+
+
+def rescaled(codes: jax.Array, scale: jax.Array, axis: int) -> jax.Array:
+    """``codes scale``, computed in float32, rounded to the dtype of codes."""
+    wide = codes.astype(jnp.float32)
+    return (wide * along(scale, wide.shape, axis)).astype(codes.dtype)
+
+
+def whole_group(y: jax.Array, before: jax.Array, last: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``(a group's sum of integers, or zeros before its last step; what the next step adds to)``.
+
+    ``y``: of a step, float32 integers below 2^24; ``before``: int32.
+    """
+    total, done = before + y.astype(jnp.int32), last.astype(jnp.int32)
+    return (total * done).astype(jnp.float32), total * (1 - done)
