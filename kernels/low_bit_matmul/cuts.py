@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
+
+from jax import lax
 
 from flora_jax.kernels.low_bit_matmul.blocks import Blocks, parts, span
 from flora_jax.kernels.low_bit_matmul.packing import LowBit
@@ -122,9 +125,10 @@ def group_steps(w: LowBit, k: int) -> int:
     return (w.group // 2 if one_group(w) else min(w.group, span(w))) // k
 
 
-def weight_row(w: LowBit, row: int, part: int) -> int:
+def weight_row(w: LowBit, row: Any, part: int) -> Any:
     """The weight's row whose codes are the low (part 0) or high nibbles of a stored row."""
     if parts(w) == 1:
         return row
+    # Of ``//`` a kernel's compiler makes much more, for the signs.
     half = span(w)
-    return row // half * (2 * half) + row % half + part * half
+    return lax.div(row, half) * (2 * half) + lax.rem(row, half) + part * half

@@ -279,7 +279,7 @@ def _groups(w: LowBit) -> dict[str, Array]:
 
 def _group_sources(w: LowBit, refs: Any, rows: Sequence[Any], columns: Any) -> list[Any]:
     """Scales, and zero points if any, of the groups of these rows."""
-    group = lambda row: row // w.group if w.groups > 1 else 0
+    group = lambda row: lax.div(row, w.group) if w.groups > 1 else 0
     names = [name for name in ("scale", "zero") if name in refs]
     return [refs[name].at[group(row), columns] for name in names for row in rows]
 

@@ -86,7 +86,7 @@ def test_every_weight_row_belongs_to_one_step_and_its_group(k, tile, group):
     for step in range(cut.steps * cut.splits):
         at = step * cut.k
         for part, codes in enumerate(tiles.nibbles(stored[at : at + cut.k])):
-            row = cuts.weight_row(w, at, part)
+            row = int(cuts.weight_row(w, at, part))
             np.testing.assert_array_equal(codes[:, 0], (rows[row : row + cut.k] // 32) % 8)
             assert row // group == (row + cut.k - 1) // group
             found += range(row, row + cut.k)
