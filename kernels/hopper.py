@@ -22,9 +22,18 @@ FLOAT_TRANSFORMS = (plgpu.TilingTransform((8, 32)), plgpu.SwizzleTransform(128))
 
 
 def kernel(
-    body: Any, types: Any, scratch: Any, grid: Mapping[str, int], warpgroups: int
+    body: Any,
+    types: Any,
+    scratch: Any,
+    grid: Mapping[str, int],
+    warpgroups: int,
+    *,
+    approximate: bool = True,
 ) -> Callable[..., Any]:
-    """``body(*inputs, *outputs, *scratch)`` over a grid of programs; ``wg`` names the warpgroup."""
+    """``body(*inputs, *outputs, *scratch)`` over a grid of programs; ``wg`` names the warpgroup.
+
+    ``approximate``: the device's fast exponentials and the like, which lose a few bits.
+    """
     mode = dispatch.interpret_mode()
     return plgpu.kernel(
         body,
@@ -34,7 +43,7 @@ def kernel(
         grid_names=tuple(grid),
         num_threads=warpgroups,
         thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=approximate),
         **({"interpret": mode} if mode else {}),
     )
 

@@ -80,7 +80,9 @@ def dx(m: int, w: LowBit, blocks: Blocks | None = None) -> Cut:
     rows, block_m = _rows(m, blocks, 128)
     common = math.gcd(span(w), w.group)
     stored = [k for k in (128, 64) if common % k == 0 and (k == 64 or block_m > WIDE)]
-    columns = [c for c in (128, 64) if n % c == 0 and (c == 64 or block_m <= 64)]
+    # Wider steps take more registers than two programs of a multiprocessor have.
+    wide = block_m <= 64 and parts(w) == 1
+    columns = [c for c in (128, 64) if n % c == 0 and (c == 64 or wide)]
     k = blocks.k if blocks else next(iter(stored), 0)
     c = blocks.n if blocks else next(iter(columns), 0)
     if k not in (64, 128) or common % k:

@@ -232,26 +232,17 @@ def _run(
             stream.fill(cut.steps, lambda t: sources(refs, t, at), registers)
 
     in_ring = [
-        plgpu.SMEM((slots, *shape), dtype, **({"transforms": turns} if turns else {}))
-        for shape, dtype, turns in buffers
+        plgpu.SMEM((slots, *piece), of, **({"transforms": turns} if turns else {}))
+        for piece, of, turns in buffers
     ]
-    mode = dispatch.interpret_mode()
-    turns = _swizzled(TILE, dtype)
-    run = plgpu.kernel(
-        body,
-        out_type=jax.ShapeDtypeStruct(shape, dtype),
-        scratch_types=[
-            plgpu.SMEM((readers, cut.m, TILE), dtype, transforms=turns),
-            in_ring,
-            hopper.ring_barriers(len(buffers), readers, slots),
-        ],
-        grid=grid,
-        grid_names=AXES,
-        num_threads=readers + 1,
-        thread_name="wg",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        **({"interpret": mode} if mode else {}),
-    )
+    scratch = [
+        plgpu.SMEM((readers, cut.m, TILE), dtype, transforms=_swizzled(TILE, dtype)),
+        in_ring,
+        hopper.ring_barriers(len(buffers), readers, slots),
+    ]
+    types, places = jax.ShapeDtypeStruct(shape, dtype), dict(zip(AXES, grid))
+    # Serving computes the activation that training does.
+    run = hopper.kernel(body, types, scratch, places, readers + 1, approximate=False)
     return run(*inputs.values())
 
 
