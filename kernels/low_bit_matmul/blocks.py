@@ -46,9 +46,14 @@ def span(w: LowBit) -> int:
     return w.tile // 2 if w.format == "int4" else w.shape[-2]
 
 
-def refusal(w: LowBit, blocks: Blocks) -> str | None:
-    """Why the kernels cannot take these blocks, or None."""
+def refusal(w: LowBit, blocks: Blocks, most: int | None = None) -> str | None:
+    """Why the kernels cannot take these blocks, or None.
+
+    ``most``: rows of a group in a step, at most.
+    """
     whole = span(w)
+    if most is not None and min(blocks.k, w.group) > most:
+        return f"k={blocks.k} takes more than {most} rows of a group, for rows with zero points"
     if whole % blocks.k:
         return f"k={blocks.k} does not divide the {whole} stored rows in one piece"
     if blocks.k % w.group and w.group % blocks.k:
@@ -83,8 +88,8 @@ def seconds(m: int, w: LowBit, blocks: Blocks, x: Any, out: Any) -> float:
     return max(moved / BANDWIDTH, arithmetic) + STEP * steps
 
 
-def choose(m: int, w: LowBit, x: Any, out: Any) -> Blocks:
-    """The blocks that the model likes best.
+def choose(m: int, w: LowBit, x: Any, out: Any, most: int | None = None) -> Blocks:
+    """The blocks that the model likes best; ``most`` as in :func:`refusal`.
 
     Raises:
       NotImplementedError: none fits, with the reason.
@@ -98,7 +103,7 @@ def choose(m: int, w: LowBit, x: Any, out: Any) -> Blocks:
         for c in columns:
             for r in rows:
                 blocks = Blocks(m=r, k=k, n=c)
-                reason = refusal(w, blocks)
+                reason = refusal(w, blocks, most)
                 if reason is None and memory(w, blocks, x, out) > VMEM:
                     reason = f"k={k} n={c} takes more than {VMEM >> 20} MB of VMEM"
                 if reason is None:

@@ -41,15 +41,16 @@ def forward(
     rows: always ``partial``).
 
     Raises:
-      NotImplementedError: rows with zero points, or shapes that no block fits.
+      NotImplementedError: shapes that no block fits.
     """
     rows, x_scale = (x.values, x.scale) if isinstance(x, Rows) else (x, None)
+    integer, most = rows.dtype == jnp.int8, None
     if isinstance(x, Rows) and x.zero is not None:
-        raise NotImplementedError("rows with zero points")
-    blocks = _blocks(rows.shape[0], w, rows.dtype, dtype, blocks)
+        # Differences have 9 bits: bfloat16 holds them, and float32 the sum of 256 products.
+        rows, most = rows.astype(jnp.bfloat16) - x.zero.astype(jnp.bfloat16), 256
+    blocks = _blocks(rows.shape[0], w, rows.dtype, dtype, blocks, most)
     if placement is None:
-        narrow = w.group < 128 and rows.dtype != jnp.int8
-        placement = "weight" if narrow else "partial"
+        placement = "weight" if w.group < 128 and not integer else "partial"
     (m, k), n, count = rows.shape, w.shape[-1], sizes.parts(w)
     steps = k // count // blocks.k
     at = [_rows_of(w, blocks, part) for part in range(count)]
@@ -181,10 +182,12 @@ def _zero(refs: Any, part: int) -> jax.Array | None:
     return refs["zero"][part][...] if "zero" in refs else None
 
 
-def _blocks(m: int, w: LowBit, x: Any, out: Any, blocks: Blocks | None) -> Blocks:
+def _blocks(
+    m: int, w: LowBit, x: Any, out: Any, blocks: Blocks | None, most: int | None = None
+) -> Blocks:
     if blocks is None:
-        return sizes.choose(m, w, x, out)
-    reason = sizes.refusal(w, blocks)
+        return sizes.choose(m, w, x, out, most)
+    reason = sizes.refusal(w, blocks, most)
     if reason is not None:
         raise NotImplementedError(reason)
     return blocks

@@ -63,16 +63,18 @@ def test_forward_and_gradient(simulated, format, group, symmetric, tile, k, size
     np.testing.assert_allclose(pull(y)[0], pull_spec(y)[0], rtol=1e-5, atol=2e-3)
 
 
-@pytest.mark.parametrize("w_zero", [False, True])
-def test_integers_are_those_of_int64(simulated, w_zero):
+@pytest.mark.parametrize("w_zero, x_zero", [(False, False), (True, False), (True, True)])
+def test_integers_are_those_of_int64(simulated, w_zero, x_zero):
     codes = jnp.asarray(RNG.integers(-8, 8, (512, 130)), jnp.int8)
     x = jnp.asarray(RNG.integers(-128, 128, (5, 512)), jnp.int8)
     zero = jnp.asarray(RNG.integers(-8, 8, (4, 130)), jnp.int8) if w_zero else None
     w = low_bit(codes, jnp.ones((4, 130)), zero, format="int4")
     offset = np.repeat(np.asarray(zero), 128, 0).astype(np.int64) if w_zero else 0
-    rows = Rows(values=x, scale=jnp.ones((5, 1)))
+    shift = jnp.asarray(RNG.integers(-128, 128, (5, 1)), jnp.int8) if x_zero else None
+    rows = Rows(values=x, scale=jnp.ones((5, 1)), zero=shift)
     y = low_bit_matmul(rows, w, blocks=Blocks(m=5, k=128, n=128))
-    truth = np.asarray(x, np.int64) @ (np.asarray(codes, np.int64) - offset)
+    wide = np.asarray(x, np.int64) - (np.asarray(shift, np.int64) if x_zero else 0)
+    truth = wide @ (np.asarray(codes, np.int64) - offset)
     np.testing.assert_array_equal(np.asarray(y, np.int64), truth)
 
 
@@ -101,6 +103,12 @@ def test_blocks_that_do_not_fit_are_refused_and_odd_shapes_fall_back():
         ]:
             with pytest.raises(NotImplementedError, match=reason):
                 low_bit_matmul(x, w, blocks=size, implementation="pallas_tpu")
+        # Their products of more rows are not exact in float32.
+        zeros = Rows(values=jnp.zeros((3, 512), jnp.int8), scale=jnp.ones((3, 1)), zero=jnp.int8(1))
+        with pytest.raises(NotImplementedError, match="k=512 takes more than 256 rows of a group"):
+            size = Blocks(m=3, k=512, n=128)
+            byte = rounded(normal(512, 200), "int8")
+            low_bit_matmul(zeros, byte, blocks=size, implementation="pallas_tpu")
         small = rounded(normal(64, 24), "int4", group=32)
         with pytest.raises(NotImplementedError, match="k=16 is no multiple of 128"):
             low_bit_matmul(x[:, :64], small, implementation="pallas_tpu")
