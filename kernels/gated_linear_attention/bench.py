@@ -1,11 +1,14 @@
 """Gated linear attention over lengths, against causal softmax attention.
 
-On a Hopper GPU the kernel runs where it can, though by itself no platform takes it.
+Arguments are as the projections of a layer leave them, heads side by side: a TPU keeps the last two
+axes in tiles, and would copy ``[B, T, N, D]`` into that order first. On a Hopper GPU the kernel
+runs where it can, though by itself no platform takes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,12 +20,29 @@ from flora_jax.kernels.gated_linear_attention.api import gated_linear_attention
 from flora_jax.kernels.gated_linear_attention.arg_specs import BENCH, ArgSpec
 
 
-def attend(*args: Any) -> tuple[jax.Array, jax.Array]:
+def attend(spec: ArgSpec, *args: Any) -> tuple[jax.Array, jax.Array]:
     """The op; what ``dispatch`` is told to choose comes first."""
     choice = dispatch.chosen(None)
     if choice is None and dispatch.platform() == "sm90":
         choice = ("mosaic_gpu", "xla")
-    return gated_linear_attention(*args, implementation=choice)
+    out, state = gated_linear_attention(*_heads(spec, args), implementation=choice)
+    return out.reshape(*out.shape[:2], -1), state
+
+
+def softmax(spec: ArgSpec, *args: Any) -> jax.Array:
+    """Causal softmax attention."""
+    return jax.nn.dot_product_attention(*_heads(spec, args), is_causal=True)
+
+
+def _heads(spec: ArgSpec, args: Sequence[Any]) -> list[Any]:
+    shapes = [x.shape for x in spec.shapes().values() if x is not None]
+    return [x.reshape(shape) for x, shape in zip(args, shapes)]
+
+
+def _flat(x: Any) -> Any:
+    """As a layer's projection leaves it: heads side by side."""
+    shape = (*x.shape[:2], math.prod(x.shape[2:]))
+    return jax.ShapeDtypeStruct(shape, x.dtype) if not hasattr(x, "reshape") else x.reshape(shape)
 
 
 def cases() -> Iterator[Case]:
@@ -35,23 +55,21 @@ def cases() -> Iterator[Case]:
 
 
 def _case(name: str, spec: ArgSpec, small: bool = False) -> Case:
-    arguments = {n: x for n, x in spec.shapes().items() if x is not None}
-    args = tuple(arguments.values())
+    args = tuple(_flat(x) for x in spec.shapes().values() if x is not None)
     work = Work(flops=spec.flops(), bytes=spec.bytes(), unit=spec.dtype)
     back = Work(flops=3 * spec.flops(), bytes=2 * spec.bytes(), unit=spec.dtype)
-    softmax = partial(jax.nn.dot_product_attention, is_causal=True)
 
     def draw(key: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(x for x in spec.draw(key).values() if x is not None)
+        return tuple(_flat(x) for x in spec.draw(key).values() if x is not None)
 
     return Case(
         name=name,
-        function=attend,
+        function=partial(attend, spec),
         args=args,
         work=work,
         wrt=tuple(range(len(args))),
         gradient_work=back,
-        rivals={"softmax": Rival(function=softmax, args=args[:3])},
+        rivals={"softmax": Rival(function=partial(softmax, spec), args=args[:3])},
         draw=draw,
         small=small,
     )

@@ -74,24 +74,37 @@ def _dot(dtype: Any) -> tiles.Dot:
     return tiles.EXACT
 
 
+def _flat(dim: int) -> bool:
+    """Heads that are whole lanes stay side by side, ``[B, T', N D]``, as a projection leaves them:
+    a block is the columns of the heads that share keys, and nothing is copied into another order.
+    """
+    return dim % 128 == 0
+
+
 def _split(x: jax.Array | None, chunk: int, heads: int) -> jax.Array | None:
-    """``[B, T, N, D] -> [B, H, N/H, T', D]`` with zeros behind the end."""
+    """``[B, T, N, D] -> [B, T', N D]`` or ``[B, H, N/H, T', D]``, with zeros behind the end."""
     if x is None:
         return None
     batch, length, all_heads, dim = x.shape
     x = jnp.pad(x, ((0, 0), (0, -length % chunk), (0, 0), (0, 0)))
+    if _flat(dim):
+        return x.reshape(batch, x.shape[1], all_heads * dim)
     x = x.reshape(batch, x.shape[1], heads, all_heads // heads, dim)
     return x.transpose(0, 2, 3, 1, 4)
 
 
-def _join(x: jax.Array, length: int) -> jax.Array:
-    """The inverse of :func:`_split`."""
-    batch, heads, group, padded, dim = x.shape
-    return x.transpose(0, 3, 1, 2, 4).reshape(batch, padded, heads * group, dim)[:, :length]
+def _join(x: jax.Array, length: int, heads: int) -> jax.Array:
+    """The inverse of :func:`_split`; ``heads`` are all of them."""
+    if x.ndim == 3:
+        return x.reshape(*x.shape[:2], heads, -1)[:, :length]
+    batch, _, _, padded, dim = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(batch, padded, heads, dim)[:, :length]
 
 
 def _rows(group: int, chunk: int, dim: int, at: Callable[[Any], Any]) -> pl.BlockSpec:
-    """A chunk's rows of ``[B, H, G, T', D]``; ``at`` maps a grid step to the chunk."""
+    """A chunk's rows of what :func:`_split` gives; ``at`` maps a grid step to the chunk."""
+    if _flat(dim):
+        return pl.BlockSpec((1, chunk, group * dim), lambda b, h, c: (b, at(c), h))
     return pl.BlockSpec((1, 1, group, chunk, dim), lambda b, h, c: (b, h, 0, at(c), 0))
 
 
@@ -151,6 +164,13 @@ class _Sizes:
     def lead(self) -> tuple[int, int]:
         return self.batch, self.heads
 
+    def array(self, group: int, dim: int) -> tuple[int, ...]:
+        """The shape that :func:`_split` gives."""
+        padded = self.count * self.chunk
+        if _flat(dim):
+            return self.batch, padded, self.heads * group * dim
+        return self.batch, self.heads, group, padded, dim
+
     @property
     def flops(self) -> float:
         """Of the forward kernel: the levels, the scores' product with v, the state."""
@@ -175,11 +195,28 @@ def _sizes(how: _How, q: jax.Array, k: jax.Array, v: jax.Array, g: Any) -> _Size
     )
 
 
-def _read(ref: Any) -> jax.Array:
-    return ref[0, 0].astype(jnp.float32)
+def _read(ref: Any, group: int = 1) -> jax.Array:
+    """``[G, C, D]`` of rows, else what a head has."""
+    if len(ref.shape) != 3:
+        return ref[0, 0].astype(jnp.float32)
+    return jnp.stack([ref[0, :, at].astype(jnp.float32) for at in _columns(ref, group)])
 
 
-def _forward_body(how, dot, gated, *refs):
+def _write(ref: Any, x: jax.Array) -> None:
+    """``[G, C, D]`` into rows."""
+    if len(ref.shape) != 3:
+        ref[0, 0] = x.astype(ref.dtype)
+        return
+    for at, part in zip(_columns(ref, len(x)), x):
+        ref[0, :, at] = part.astype(ref.dtype)
+
+
+def _columns(ref: Any, group: int) -> list[slice]:
+    dim = ref.shape[2] // group
+    return [slice(i * dim, (i + 1) * dim) for i in range(group)]
+
+
+def _forward_body(how, dot, group, gated, *refs):
     q_ref, k_ref, v_ref, *refs = refs
     g_ref = refs.pop(0) if gated else None
     first_ref, out_ref, last_ref, state = refs
@@ -190,9 +227,9 @@ def _forward_body(how, dot, gated, *refs):
 
     g = _read(g_ref)[0] if gated else None
     out, new = tiles.forward(
-        _read(q_ref) * how.scale, _read(k_ref)[0], _read(v_ref)[0], g, state[...], dot=dot
+        _read(q_ref, group) * how.scale, _read(k_ref)[0], _read(v_ref)[0], g, state[...], dot=dot
     )
-    out_ref[0, 0] = out.astype(out_ref.dtype)
+    _write(out_ref, out)
     state[...] = new
     last_ref[0, 0] = new
 
@@ -203,9 +240,9 @@ def _attend(how, q, k, v, g, state):
     rows = partial(_rows, at=lambda c: c)
     split = lambda x: _split(x, s.chunk, s.heads)
     key, value = rows(1, s.chunk, s.dim), rows(1, s.chunk, s.value_dim)
-    out = (*s.lead, s.group, s.count * s.chunk, s.value_dim)
+    out = s.array(s.group, s.value_dim)
     out, last = _call(
-        partial(_forward_body, how, _dot(q.dtype), g is not None),
+        partial(_forward_body, how, _dot(q.dtype), s.group, g is not None),
         s.grid,
         [
             (split(q), rows(s.group, s.chunk, s.dim)),
@@ -221,7 +258,7 @@ def _attend(how, q, k, v, g, state):
         [pltpu.VMEM((s.value_dim, s.dim), jnp.float32)],
         s.flops,
     )
-    return _join(out, s.length), last.swapaxes(2, 3)
+    return _join(out, s.length, q.shape[2]), last.swapaxes(2, 3)
 
 
 def _attend_forward(how, q, k, v, g, state):
@@ -271,7 +308,7 @@ def _states(how, s, dot, k, v, g, state):
     )
 
 
-def _backward_body(how, dot, gated, *refs):
+def _backward_body(how, dot, group, gated, *refs):
     q_ref, k_ref, v_ref, *refs = refs
     g_ref = refs.pop(0) if gated else None
     before_ref, last_ref, do_ref, d_last_ref, dq_ref, dk_ref, dv_ref, *refs = refs
@@ -290,23 +327,22 @@ def _backward_body(how, dot, gated, *refs):
             later_ref[...] = product
 
     dq, dk, dv, dg, before, later = tiles.backward(
-        _read(q_ref) * how.scale,
+        _read(q_ref, group) * how.scale,
         _read(k_ref)[0],
         _read(v_ref)[0],
         g,
         before_ref[0, 0, 0],
-        _read(do_ref),
+        _read(do_ref, group),
         d_state[...],
         later_ref[...] if gated else None,
         dot=dot,
     )
-    dq_ref[0, 0] = (dq * how.scale).astype(dq_ref.dtype)
-    dk_ref[0, 0, 0] = dk.astype(dk_ref.dtype)
-    dv_ref[0, 0, 0] = dv.astype(dv_ref.dtype)
+    for ref, x in ((dq_ref, dq * how.scale), (dk_ref, dk[None]), (dv_ref, dv[None])):
+        _write(ref, x)
     d_state[...] = before
     d_first_ref[0, 0] = before
     if gated:
-        dg_ref[0, 0, 0] = dg.astype(dg_ref.dtype)
+        _write(dg_ref, dg[None])
         later_ref[...] = later
 
 
@@ -322,12 +358,11 @@ def _attend_backward(how, saved, cotangents):
     value, gate = back(1, s.chunk, s.value_dim), back(1, s.chunk, s.gate)
     one = (s.value_dim, s.dim)
     chunk_state = pl.BlockSpec((1, 1, 1, *one), lambda b, h, c: (b, h, s.count - 1 - c, 0, 0))
-    shape = lambda group, dim: (*s.lead, group, s.count * s.chunk, dim)
     scratch = [pltpu.VMEM(one, jnp.float32)]
     if g is not None:
         scratch.append(pltpu.VMEM((1, s.gate), jnp.float32))
     *grads, d_first = _call(
-        partial(_backward_body, how, dot, g is not None),
+        partial(_backward_body, how, dot, s.group, g is not None),
         s.grid,
         [
             (split(q), query),
@@ -340,16 +375,17 @@ def _attend_backward(how, saved, cotangents):
             (d_last.astype(jnp.float32).swapaxes(2, 3), _head(*one)),
         ],
         [
-            (shape(s.group, s.dim), q.dtype, query),
-            (shape(1, s.dim), k.dtype, key),
-            (shape(1, s.value_dim), v.dtype, value),
-            None if g is None else (shape(1, s.gate), g.dtype, gate),
+            (s.array(s.group, s.dim), q.dtype, query),
+            (s.array(1, s.dim), k.dtype, key),
+            (s.array(1, s.value_dim), v.dtype, value),
+            None if g is None else (s.array(1, s.gate), g.dtype, gate),
             ((*s.lead, *one), jnp.float32, _head(*one)),
         ],
         scratch,
         3 * s.flops,
     )
-    grads = [_join(x, s.length) for x in grads]
+    heads = (q.shape[2], *[s.heads] * 3)
+    grads = [_join(x, s.length, n) for x, n in zip(grads, heads)]
     dq, dk, dv = grads[:3]
     return dq, dk, dv, None if g is None else grads[3], d_first.swapaxes(2, 3)
 

@@ -18,10 +18,13 @@ SIMULATED = pltpu.InterpretParams(
 )
 
 
-@pytest.mark.parametrize("name", SMALL)
+WIDE = ArgSpec(length=40, heads=4, kv_heads=2, dim=128, value_dim=128, state=True)
+
+
+@pytest.mark.parametrize("name", [*SMALL, "heads of whole lanes"])
 def test_simulated_tpu_equals_the_recurrence(name):
     """Memory starts as NaN, so that whatever is read before it is written shows."""
-    spec = dataclasses.replace(SMALL[name], length=40, batch=1)
+    spec = dataclasses.replace(SMALL.get(name, WIDE), length=40, batch=1)
     limits = (FLOAT32, FLOAT32)
     if spec.dtype == "bfloat16":
         limits = BFLOAT16, BFLOAT16_GRADIENT
@@ -47,11 +50,13 @@ def test_what_the_kernel_cannot_do_runs_as_xla():
 @pytest.mark.parametrize("aot_target", ["tpu_v5e", "tpu_v6e"], indirect=True)
 @pytest.mark.parametrize("gate", ["channel", "head", "none"])
 def test_forward_and_backward_compile_for_tpu(aot_target, gate):
-    """A decay per channel at a benchmark shape in bfloat16; the other gates in float32 with the
-    grouped heads of SmolLM2."""
+    """A decay per channel at a benchmark shape in bfloat16; in float32 one per head with SmolLM2's
+    grouped heads, none with grouped heads of whole lanes."""
     spec = BENCH["channel B=2 L=2048 N=16 D=128 bf16"]
-    if gate != "channel":
+    if gate == "head":
         spec = ArgSpec(length=200, heads=9, kv_heads=3, dim=64, value_dim=64, gate=gate, state=True)
+    elif gate == "none":
+        spec = dataclasses.replace(WIDE, length=200, gate=gate)
     args = {name: x for name, x in spec.shapes().items() if x is not None}
     run = lambda args: call({"log_decay": None} | args, implementation="pallas_tpu")
     loss = lambda args: sum(jnp.sum(x.astype(jnp.float32)) for x in run(args))
