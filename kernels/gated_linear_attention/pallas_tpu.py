@@ -14,6 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from flora_jax.kernels import dispatch
 from flora_jax.kernels.gated_linear_attention import tiles
+from flora_jax.kernels.gated_linear_attention.rows import Rows
 
 CHUNK = 64
 VMEM = 96 * 2**20
@@ -74,40 +75,6 @@ def _dot(dtype: Any) -> tiles.Dot:
     return tiles.EXACT
 
 
-def _flat(dim: int) -> bool:
-    """Heads that are whole lanes stay side by side, ``[B, T', N D]``, as a projection leaves them:
-    a block is the columns of the heads that share keys, and nothing is copied into another order.
-    """
-    return dim % 128 == 0
-
-
-def _split(x: jax.Array | None, chunk: int, heads: int) -> jax.Array | None:
-    """``[B, T, N, D] -> [B, T', N D]`` or ``[B, H, N/H, T', D]``, with zeros behind the end."""
-    if x is None:
-        return None
-    batch, length, all_heads, dim = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -length % chunk), (0, 0), (0, 0)))
-    if _flat(dim):
-        return x.reshape(batch, x.shape[1], all_heads * dim)
-    x = x.reshape(batch, x.shape[1], heads, all_heads // heads, dim)
-    return x.transpose(0, 2, 3, 1, 4)
-
-
-def _join(x: jax.Array, length: int, heads: int) -> jax.Array:
-    """The inverse of :func:`_split`; ``heads`` are all of them."""
-    if x.ndim == 3:
-        return x.reshape(*x.shape[:2], heads, -1)[:, :length]
-    batch, _, _, padded, dim = x.shape
-    return x.transpose(0, 3, 1, 2, 4).reshape(batch, padded, heads, dim)[:, :length]
-
-
-def _rows(group: int, chunk: int, dim: int, at: Callable[[Any], Any]) -> pl.BlockSpec:
-    """A chunk's rows of what :func:`_split` gives; ``at`` maps a grid step to the chunk."""
-    if _flat(dim):
-        return pl.BlockSpec((1, chunk, group * dim), lambda b, h, c: (b, at(c), h))
-    return pl.BlockSpec((1, 1, group, chunk, dim), lambda b, h, c: (b, h, 0, at(c), 0))
-
-
 def _head(rows: int, columns: int) -> pl.BlockSpec:
     """What a head has once, ``[B, H, rows, columns]``."""
     return pl.BlockSpec((1, 1, rows, columns), lambda b, h, c: (b, h, 0, 0))
@@ -120,10 +87,9 @@ def _call(
 
     Args:
       inputs: ``(array or None, BlockSpec)`` each.
-      outputs: ``(shape, dtype, BlockSpec)`` each, or None.
+      outputs: ``(shape, dtype, BlockSpec)`` each.
     """
     inputs = [(x, spec) for x, spec in inputs if x is not None]
-    outputs = [o for o in outputs if o is not None]
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
     moved = sum(x.size * x.dtype.itemsize for x in [x for x, _ in inputs] + shapes)
     return pl.pallas_call(
@@ -152,6 +118,36 @@ class _Sizes:
     value_dim: int
     gate: int
 
+    def _rows(self, dim: int, group: int = 1, numbers: bool = False) -> Rows:
+        return Rows(
+            batch=self.batch, length=self.length, heads=self.heads, group=group, dim=dim,
+            chunk=self.chunk, numbers=numbers,
+        )  # fmt: skip
+
+    @property
+    def queries(self) -> Rows:
+        return self._rows(self.dim, self.group)
+
+    @property
+    def keys(self) -> Rows:
+        return self._rows(self.dim)
+
+    @property
+    def values(self) -> Rows:
+        return self._rows(self.value_dim)
+
+    @property
+    def outputs(self) -> Rows:
+        return self._rows(self.value_dim, self.group)
+
+    @property
+    def gates(self) -> Rows:
+        return self._rows(self.gate, numbers=self.gate == 1)
+
+    @property
+    def gated(self) -> bool:
+        return self.gate > 0
+
     @property
     def count(self) -> int:
         return -(-self.length // self.chunk)
@@ -163,13 +159,6 @@ class _Sizes:
     @property
     def lead(self) -> tuple[int, int]:
         return self.batch, self.heads
-
-    def array(self, group: int, dim: int) -> tuple[int, ...]:
-        """The shape that :func:`_split` gives."""
-        padded = self.count * self.chunk
-        if _flat(dim):
-            return self.batch, padded, self.heads * group * dim
-        return self.batch, self.heads, group, padded, dim
 
     @property
     def flops(self) -> float:
@@ -195,106 +184,80 @@ def _sizes(how: _How, q: jax.Array, k: jax.Array, v: jax.Array, g: Any) -> _Size
     )
 
 
-def _read(ref: Any, group: int = 1) -> jax.Array:
-    """``[G, C, D]`` of rows, else what a head has."""
-    if len(ref.shape) != 3:
-        return ref[0, 0].astype(jnp.float32)
-    return jnp.stack([ref[0, :, at].astype(jnp.float32) for at in _columns(ref, group)])
-
-
-def _write(ref: Any, x: jax.Array) -> None:
-    """``[G, C, D]`` into rows."""
-    if len(ref.shape) != 3:
-        ref[0, 0] = x.astype(ref.dtype)
-        return
-    for at, part in zip(_columns(ref, len(x)), x):
-        ref[0, :, at] = part.astype(ref.dtype)
-
-
-def _columns(ref: Any, group: int) -> list[slice]:
-    dim = ref.shape[2] // group
-    return [slice(i * dim, (i + 1) * dim) for i in range(group)]
-
-
-def _forward_body(how, dot, group, gated, *refs):
+def _forward_body(how, s, dot, *refs):
     q_ref, k_ref, v_ref, *refs = refs
-    g_ref = refs.pop(0) if gated else None
+    g_ref = refs.pop(0) if s.gated else None
     first_ref, out_ref, last_ref, state = refs
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        state[...] = _read(first_ref)
+        state[...] = first_ref[0, 0]
 
-    g = _read(g_ref)[0] if gated else None
-    out, new = tiles.forward(
-        _read(q_ref, group) * how.scale, _read(k_ref)[0], _read(v_ref)[0], g, state[...], dot=dot
-    )
-    _write(out_ref, out)
+    g = s.gates.read(g_ref)[0] if s.gated else None
+    k, v = s.keys.read(k_ref)[0], s.values.read(v_ref)[0]
+    out, new = tiles.forward(s.queries.read(q_ref) * how.scale, k, v, g, state[...], dot=dot)
+    s.outputs.write(out_ref, out)
     state[...] = new
     last_ref[0, 0] = new
 
 
+def _inputs(
+    s: _Sizes, at: Callable[[Any], Any], k: jax.Array, v: jax.Array, g: jax.Array | None
+) -> list[tuple[Any, Any]]:
+    """Keys, values and gates, None without, and their blocks."""
+    arrays = [(k, s.keys), (v, s.values), (g, s.gates)]
+    return [(None if x is None else rows.split(x), rows.spec(at)) for x, rows in arrays]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(how, q, k, v, g, state):
-    s = _sizes(how, q, k, v, g)
-    rows = partial(_rows, at=lambda c: c)
-    split = lambda x: _split(x, s.chunk, s.heads)
-    key, value = rows(1, s.chunk, s.dim), rows(1, s.chunk, s.value_dim)
-    out = s.array(s.group, s.value_dim)
+    s, at = _sizes(how, q, k, v, g), lambda c: c
     out, last = _call(
-        partial(_forward_body, how, _dot(q.dtype), s.group, g is not None),
+        partial(_forward_body, how, s, _dot(q.dtype)),
         s.grid,
         [
-            (split(q), rows(s.group, s.chunk, s.dim)),
-            (split(k), key),
-            (split(v), value),
-            (split(g), rows(1, s.chunk, s.gate)),
+            (s.queries.split(q), s.queries.spec(at)),
+            *_inputs(s, at, k, v, g),
             (state.swapaxes(2, 3), _head(s.value_dim, s.dim)),
         ],
         [
-            (out, q.dtype, rows(s.group, s.chunk, s.value_dim)),
+            (s.outputs.shape, q.dtype, s.outputs.spec(at)),
             ((*s.lead, s.value_dim, s.dim), jnp.float32, _head(s.value_dim, s.dim)),
         ],
         [pltpu.VMEM((s.value_dim, s.dim), jnp.float32)],
         s.flops,
     )
-    return _join(out, s.length, q.shape[2]), last.swapaxes(2, 3)
+    return s.outputs.join(out), last.swapaxes(2, 3)
 
 
 def _attend_forward(how, q, k, v, g, state):
     return _attend(how, q, k, v, g, state), (q, k, v, g, state)
 
 
-def _states_body(how, dot, gated, *refs):
+def _states_body(s, dot, *refs):
     k_ref, v_ref, *refs = refs
-    g_ref = refs.pop(0) if gated else None
+    g_ref = refs.pop(0) if s.gated else None
     first_ref, before_ref, last_ref, state = refs
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        state[...] = _read(first_ref)
+        state[...] = first_ref[0, 0]
 
     before_ref[0, 0, 0] = state[...]
-    g = _read(g_ref)[0] if gated else None
-    decay = tiles.decays(g, None, how.chunk)
-    new = tiles.update(state[...], _read(k_ref)[0], _read(v_ref)[0], decay, dot)
+    g = s.gates.read(g_ref)[0] if s.gated else None
+    decay = tiles.decays(g, None, s.chunk)
+    new = tiles.update(state[...], s.keys.read(k_ref)[0], s.values.read(v_ref)[0], decay, dot)
     state[...] = new
     last_ref[0, 0] = new
 
 
-def _states(how, s, dot, k, v, g, state):
+def _states(s, dot, k, v, g, state):
     """The states before every chunk ``[B, H, n, V, K]``, and the last."""
-    rows = partial(_rows, at=lambda c: c)
     one = (s.value_dim, s.dim)
     return _call(
-        partial(_states_body, how, dot, g is not None),
+        partial(_states_body, s, dot),
         s.grid,
-        [
-            (k, rows(1, s.chunk, s.dim)),
-            (v, rows(1, s.chunk, s.value_dim)),
-            (g, rows(1, s.chunk, s.gate)),
-            (state, _head(*one)),
-        ],
+        [*_inputs(s, lambda c: c, k, v, g), (state, _head(*one))],
         [
             (
                 (*s.lead, s.count, *one),
@@ -308,41 +271,42 @@ def _states(how, s, dot, k, v, g, state):
     )
 
 
-def _backward_body(how, dot, group, gated, *refs):
+def _backward_body(how, s, dot, *refs):
     q_ref, k_ref, v_ref, *refs = refs
-    g_ref = refs.pop(0) if gated else None
+    g_ref = refs.pop(0) if s.gated else None
     before_ref, last_ref, do_ref, d_last_ref, dq_ref, dk_ref, dv_ref, *refs = refs
-    dg_ref = refs.pop(0) if gated else None
+    dg_ref = refs.pop(0) if s.gated else None
     d_first_ref, d_state, *refs = refs
-    later_ref = refs.pop(0) if gated else None
-    g = _read(g_ref)[0] if gated else None
+    later_ref = refs.pop(0) if s.gated else None
+    g = s.gates.read(g_ref)[0] if s.gated else None
 
     @pl.when(pl.program_id(2) == 0)
     def _():
-        d_state[...] = _read(d_last_ref)
-        if gated:
-            product = jnp.sum(_read(last_ref) * _read(d_last_ref), axis=0, keepdims=True)
-            if g.shape[1] == 1:
+        d_state[...] = d_last_ref[0, 0]
+        if s.gated:
+            product = jnp.sum(last_ref[0, 0] * d_last_ref[0, 0], axis=0, keepdims=True)
+            if s.gate == 1:
                 product = jnp.sum(product, axis=1, keepdims=True)
             later_ref[...] = product
 
     dq, dk, dv, dg, before, later = tiles.backward(
-        _read(q_ref, group) * how.scale,
-        _read(k_ref)[0],
-        _read(v_ref)[0],
+        s.queries.read(q_ref) * how.scale,
+        s.keys.read(k_ref)[0],
+        s.values.read(v_ref)[0],
         g,
         before_ref[0, 0, 0],
-        _read(do_ref, group),
+        s.outputs.read(do_ref),
         d_state[...],
-        later_ref[...] if gated else None,
+        later_ref[...] if s.gated else None,
         dot=dot,
     )
-    for ref, x in ((dq_ref, dq * how.scale), (dk_ref, dk[None]), (dv_ref, dv[None])):
-        _write(ref, x)
+    s.queries.write(dq_ref, dq * how.scale)
+    s.keys.write(dk_ref, dk[None])
+    s.values.write(dv_ref, dv[None])
     d_state[...] = before
     d_first_ref[0, 0] = before
-    if gated:
-        _write(dg_ref, dg[None])
+    if s.gated:
+        s.gates.write(dg_ref, dg[None])
         later_ref[...] = later
 
 
@@ -350,44 +314,36 @@ def _attend_backward(how, saved, cotangents):
     q, k, v, g, state = saved
     d_out, d_last = cotangents
     s, dot = _sizes(how, q, k, v, g), _dot(q.dtype)
-    split = lambda x: _split(x, s.chunk, s.heads)
-    back = partial(_rows, at=lambda c: s.count - 1 - c)
-    ks, vs, gs = split(k), split(v), split(g)
-    before, last = _states(how, s, dot, ks, vs, gs, state.swapaxes(2, 3))
-    query, key = back(s.group, s.chunk, s.dim), back(1, s.chunk, s.dim)
-    value, gate = back(1, s.chunk, s.value_dim), back(1, s.chunk, s.gate)
+    back = lambda c: s.count - 1 - c
+    before, last = _states(s, dot, k, v, g, state.swapaxes(2, 3))
     one = (s.value_dim, s.dim)
-    chunk_state = pl.BlockSpec((1, 1, 1, *one), lambda b, h, c: (b, h, s.count - 1 - c, 0, 0))
+    chunk_state = pl.BlockSpec((1, 1, 1, *one), lambda b, h, c: (b, h, back(c), 0, 0))
     scratch = [pltpu.VMEM(one, jnp.float32)]
+    grads = [(q, s.queries), (k, s.keys), (v, s.values)]
     if g is not None:
         scratch.append(pltpu.VMEM((1, s.gate), jnp.float32))
-    *grads, d_first = _call(
-        partial(_backward_body, how, dot, s.group, g is not None),
+        grads.append((g, s.gates))
+    *found, d_first = _call(
+        partial(_backward_body, how, s, dot),
         s.grid,
         [
-            (split(q), query),
-            (ks, key),
-            (vs, value),
-            (gs, gate),
+            (s.queries.split(q), s.queries.spec(back)),
+            *_inputs(s, back, k, v, g),
             (before, chunk_state),
             (last, _head(*one)),
-            (split(d_out), back(s.group, s.chunk, s.value_dim)),
+            (s.outputs.split(d_out), s.outputs.spec(back)),
             (d_last.astype(jnp.float32).swapaxes(2, 3), _head(*one)),
         ],
         [
-            (s.array(s.group, s.dim), q.dtype, query),
-            (s.array(1, s.dim), k.dtype, key),
-            (s.array(1, s.value_dim), v.dtype, value),
-            None if g is None else (s.array(1, s.gate), g.dtype, gate),
+            *((rows.shape, x.dtype, rows.spec(back)) for x, rows in grads),
             ((*s.lead, *one), jnp.float32, _head(*one)),
         ],
         scratch,
         3 * s.flops,
     )
-    heads = (q.shape[2], *[s.heads] * 3)
-    grads = [_join(x, s.length, n) for x, n in zip(grads, heads)]
-    dq, dk, dv = grads[:3]
-    return dq, dk, dv, None if g is None else grads[3], d_first.swapaxes(2, 3)
+    found = [rows.join(x) for x, (_, rows) in zip(found, grads)]
+    dq, dk, dv, dg = found if s.gated else (*found, None)
+    return dq, dk, dv, dg, d_first.swapaxes(2, 3)
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
