@@ -107,16 +107,18 @@ def _forward(
                 if placement == "weight":
                     codes = tiles.rescaled(codes, scale * unit, axis=0)
                     total += _product(codes, x[part])
-                elif sums:
+                elif integer:
                     parted.append((_product(codes, x[part]) * unit, scale))
                 else:
                     y = _product(codes, x[part])
                     total += y * tiles.along(scale * unit, y.shape, 0)
-            if len(parted) > len(sums):
-                parted = [(parted[0][0] + parted[1][0], parted[0][1])]
+            if integer and cuts.one_group(w):
+                (low, scale), (high, _) = parted
+                parted = [(low + high, scale)]
             last = lax.rem(t + 1, jnp.array(per_group, t.dtype)) == 0
             for at, (y, scale) in enumerate(parted):
-                y, sums[at] = tiles.whole_group(y, sums[at], last)
+                if sums:
+                    y, sums[at] = tiles.whole_group(y, sums[at], last)
                 total += y * tiles.along(scale, y.shape, 0)
             return total, *sums
 
