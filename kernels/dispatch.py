@@ -1,8 +1,9 @@
 """One dispatcher for every kernel: which implementation of an op runs, and why.
 
 An op is a table ``{implementation: function}``. Without a choice the platform decides: TPU runs
-``pallas_tpu``, a GPU of compute capability 9.0 or newer ``mosaic_gpu``, all else ``xla``; an
-implementation that raises ``NotImplementedError`` gives way to the next. A choice is an argument
+``pallas_tpu``, all else ``xla``; an implementation that raises ``NotImplementedError`` gives way to
+the next. ``mosaic_gpu``, for GPUs of compute capability 9.0 or newer, has run on no device yet and
+is only taken by choice (:data:`UNTRIED`). A choice is an argument
 (``implementation=``), a context (``with use("xla"):``) or the environment variable
 ``FLORA_KERNELS``, in this order; it is final: what cannot run raises and says why.
 
@@ -30,7 +31,9 @@ ORDER = {
     "sm90": ("mosaic_gpu", "xla", "reference"),
     "other": ("xla", "reference"),
 }
-"""What is tried, best first, on a TPU, on a Hopper or newer GPU, and elsewhere."""
+"""What is there, best first, on a TPU, on a Hopper or newer GPU, and elsewhere."""
+UNTRIED = ("mosaic_gpu",)
+"""Compiled, but run on no device yet: no platform takes these by itself."""
 NEEDS = {"pallas_tpu": "tpu", "mosaic_gpu": "sm90"}
 
 Choice = str | Sequence[str] | None
@@ -133,6 +136,19 @@ def _refusal(name: str) -> str | None:
     return f"needs {what}; this is {jax.default_backend()}"
 
 
+def untried() -> contextlib.AbstractContextManager[None]:
+    """Untried implementations come first inside, where the platform has one and none is chosen.
+
+    >>> with target("sm90"), untried():
+    ...     chosen(None)
+    ('mosaic_gpu', 'xla', 'reference')
+    """
+    order = ORDER[platform()]
+    if chosen(None) is None and any(name in UNTRIED for name in order):
+        return use(order)
+    return contextlib.nullcontext()
+
+
 def run(
     op: str,
     table: Mapping[str, Callable[..., Any]],
@@ -155,7 +171,8 @@ def run(
     >>> run("double", {"xla": lambda x: 2 * x}, 4)
     8
     """
-    names = chosen(implementation) or ORDER[platform()]
+    names = chosen(implementation)
+    names = names or tuple(name for name in ORDER[platform()] if name not in UNTRIED)
     reasons = []
     for name in names:
         reason = "the op has none" if name not in table else _refusal(name)

@@ -106,11 +106,15 @@ def compiled(
 
 
 def cost(
-    function: Callable[..., Any], args: Any, work: Work, name: str, device: str
+    op: Callable[..., Any], args: Any, work: Work, name: str, device: str
 ) -> dict[str, Any]:
     """What the compiler says of one program."""
+    def function(*args: Any) -> Any:
+        with dispatch.untried():
+            return op(*args)
+
     if name == HERE:
-        executable = jax.jit(lambda *args: function(*args)).lower(*args).compile()
+        executable = jax.jit(function).lower(*args).compile()
         given = executable.cost_analysis() or {}
         flops, moved = given.get("flops", 0.0), given.get("bytes accessed", 0.0)
         temporary, kernels = executable.memory_analysis().temp_size_in_bytes, 0
@@ -146,7 +150,8 @@ def measured(
             raise ConfigError("--measure on a CPU: none of the cases is small enough")
     for op, case in chosen:
         for direction, function, work in passes(case):
-            seconds = times(sides(case, direction, function), rounds)
+            with dispatch.untried():
+                seconds = times(sides(case, direction, function), rounds)
             first = next((seconds[name] for name in case.rivals), None)
             for name, value in seconds.items():
                 yield {

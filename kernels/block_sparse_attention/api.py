@@ -16,19 +16,17 @@ from flora_jax.kernels.block_sparse_attention.layout import Shape, shape_of
 from flora_jax.kernels.manual_axes import together
 
 FORWARD = {
+    "mosaic_gpu": mosaic_gpu.forward,
     "pallas_tpu": pallas_tpu.forward,
     "xla": xla.forward,
     "reference": reference.forward,
 }
 BACKWARD = {
+    "mosaic_gpu": mosaic_gpu.backward,
     "pallas_tpu": pallas_tpu.backward,
     "xla": xla.backward,
     "reference": reference.backward,
 }
-
-# Compiled for Hopper but run on no device yet: only when asked for by name.
-UNTRIED = {"mosaic_gpu": mosaic_gpu.forward}
-UNTRIED_BACKWARD = {"mosaic_gpu": mosaic_gpu.backward}
 
 
 def block_sparse_attention(
@@ -73,8 +71,8 @@ def block_sparse_attention(
 def _attend(
     shape: Shape, choice: dispatch.Choice, q: Array, k: Array, v: Array, table: Array
 ) -> tuple[Array, Array]:
-    name, ops = "block_sparse_attention", FORWARD | UNTRIED if choice else FORWARD
-    return dispatch.run(name, ops, shape, q, k, v, table, implementation=choice)
+    name = "block_sparse_attention"
+    return dispatch.run(name, FORWARD, shape, q, k, v, table, implementation=choice)
 
 
 def _forward(shape: Shape, choice: dispatch.Choice, *arrays: Array) -> tuple[Any, Any]:
@@ -88,8 +86,7 @@ def _backward(
     do, dlse = cotangents
     name, table = "block_sparse_attention (backward)", saved[3]
     arrays = (*saved, do, dlse.astype(jnp.float32))
-    ops = BACKWARD | UNTRIED_BACKWARD if choice else BACKWARD
-    dq, dk, dv = dispatch.run(name, ops, shape, *arrays, implementation=choice)
+    dq, dk, dv = dispatch.run(name, BACKWARD, shape, *arrays, implementation=choice)
     return dq, dk, dv, np.zeros(table.shape, jax.dtypes.float0)
 
 

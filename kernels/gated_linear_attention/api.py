@@ -27,10 +27,12 @@ def _mosaic_gpu(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
     return mosaic_gpu(*args, **kwargs)
 
 
-TABLE = {"pallas_tpu": _pallas_tpu, "xla": xla, "reference": reference}
-
-# Compiled for Hopper but run on no device yet: only when asked for by name.
-UNTRIED = {"mosaic_gpu": _mosaic_gpu}
+TABLE = {
+    "mosaic_gpu": _mosaic_gpu,
+    "pallas_tpu": _pallas_tpu,
+    "xla": xla,
+    "reference": reference,
+}
 
 
 def gated_linear_attention(
@@ -88,14 +90,13 @@ def gated_linear_attention(
         changed = segment_ids[:, 1:] != segment_ids[:, :-1]
         segments = jnp.pad(jnp.cumsum(changed, axis=1), ((0, 0), (1, 0))).astype(jnp.int32)
     arrays = together(q, k, v, log_decay, initial_state.astype(jnp.float32), segments)
-    choice = dispatch.chosen(implementation)
     return dispatch.run(
         "gated_linear_attention",
-        TABLE | UNTRIED if choice else TABLE,
+        TABLE,
         *arrays,
         scale=dim**-0.5 if scale is None else float(scale),
         chunk=chunk,
-        implementation=choice,
+        implementation=implementation,
     )
 
 

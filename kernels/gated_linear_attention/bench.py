@@ -14,18 +14,14 @@ from typing import Any
 
 import jax
 
-from flora_jax.kernels import dispatch
 from flora_jax.kernels.bench_spec import Case, Rival, Work
 from flora_jax.kernels.gated_linear_attention.api import gated_linear_attention
 from flora_jax.kernels.gated_linear_attention.arg_specs import BENCH, ArgSpec
 
 
 def attend(spec: ArgSpec, *args: Any) -> tuple[jax.Array, jax.Array]:
-    """The op; what ``dispatch`` is told to choose comes first."""
-    choice = dispatch.chosen(None)
-    if choice is None and dispatch.platform() == "sm90":
-        choice = ("mosaic_gpu", "xla")
-    out, state = gated_linear_attention(*_heads(spec, args), implementation=choice)
+    """The op."""
+    out, state = gated_linear_attention(*_heads(spec, args))
     return out.reshape(*out.shape[:2], -1), state
 
 

@@ -29,19 +29,17 @@ def _pallas(module: str, name: str) -> Callable[..., jax.Array]:
 
 
 FORWARD = {
+    "mosaic_gpu": _pallas("mosaic_gpu", "forward"),
     "pallas_tpu": _pallas("pallas_tpu", "forward"),
     "xla": xla.forward,
     "reference": reference.forward,
 }
 BACKWARD = {
+    "mosaic_gpu": _pallas("mosaic_gpu", "dx"),
     "pallas_tpu": _pallas("pallas_tpu", "dx"),
     "xla": xla.dx,
     "reference": reference.dx,
 }
-
-# Compiled for Hopper but run on no device yet: only when asked for by name.
-UNTRIED = {"mosaic_gpu": _pallas("mosaic_gpu", "forward")}
-UNTRIED_BACKWARD = {"mosaic_gpu": _pallas("mosaic_gpu", "dx")}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,8 +168,7 @@ def _run(how: _How, x: Any, w: LowBit, bias: Any, **other: Any) -> jax.Array:
         x = quantize_rows(x, how.x_format)
     given = {n: getattr(how, n) for n in ("activation", "dtype", "placement", "blocks")} | other
     choice = how.implementation
-    ops = FORWARD | UNTRIED if choice else FORWARD
-    return dispatch.run("low_bit_matmul", ops, x, w, bias, implementation=choice, **given)
+    return dispatch.run("low_bit_matmul", FORWARD, x, w, bias, implementation=choice, **given)
 
 
 def _forward(how: _How, x: Any, w: LowBit, bias: Any) -> tuple[jax.Array, Any]:
@@ -197,8 +194,7 @@ def _backward(how: _How, saved: Any, dy: Any) -> tuple[Any, Any, Any]:
         dy = jax.vjp(lambda z: tiles.activate(z, how.activation), wide)[1](dy.astype(wide.dtype))[0]
     narrow = dy.astype(like.dtype)
     given = {"dtype": like.dtype, "blocks": how.blocks, "implementation": how.implementation}
-    ops = BACKWARD | UNTRIED_BACKWARD if how.implementation else BACKWARD
-    dx = dispatch.run("low_bit_matmul dx", ops, narrow, w, **given)
+    dx = dispatch.run("low_bit_matmul dx", BACKWARD, narrow, w, **given)
     dw = None
     if x is not None:
         if how.x_format is not None:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from flora_jax.kernels import dispatch
 from flora_jax.kernels.bench_spec import Case, Rival, Work
 from flora_jax.kernels.low_bit_matmul.api import low_bit_matmul
 from flora_jax.kernels.low_bit_matmul.arg_specs import LARGE, SMALL, Spec
@@ -23,11 +22,7 @@ def cases() -> Iterator[Case]:
 
 
 def _product(spec: Spec, x: jax.Array, w: LowBit) -> jax.Array:
-    """Through the dispatcher; for a Hopper GPU the kernel that it takes on request only."""
-    choice = dispatch.chosen(None)
-    if choice is None and dispatch.platform() == "sm90":
-        choice = ("mosaic_gpu", "xla")
-    return low_bit_matmul(x, w, x_format=spec.x_format, implementation=choice)
+    return low_bit_matmul(x, w, x_format=spec.x_format)
 
 
 def _case(spec: Spec, small: bool) -> Case:

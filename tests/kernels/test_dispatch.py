@@ -30,6 +30,21 @@ def test_a_kernel_comes_first_on_its_platform():
         assert dispatch.run("op", table, 3, implementation="pallas_tpu") == ("tpu", 3)
 
 
+def test_untried_kernels_run_only_when_asked_for():
+    """No device has run the Hopper kernels yet: a Hopper GPU takes the XLA form by itself."""
+    table = TABLE | {"mosaic_gpu": lambda x: ("gpu", x)}
+    with dispatch.target("sm90"):
+        assert dispatch.run("op", table, 3) == ("xla", 3)
+        assert dispatch.run("op", table, 3, implementation="mosaic_gpu") == ("gpu", 3)
+        with dispatch.untried():
+            assert dispatch.run("op", table, 3) == ("gpu", 3)
+            assert dispatch.run("op", TABLE, 3) == ("xla", 3)
+        with dispatch.use("xla"), dispatch.untried():
+            assert dispatch.run("op", table, 3) == ("xla", 3)
+    with dispatch.untried():
+        assert dispatch.run("op", table, 3) == ("xla", 3)
+
+
 def test_a_choice_is_final_and_says_why():
     with pytest.raises(NotImplementedError, match="^op: pallas_tpu: needs a TPU; this is cpu$"):
         dispatch.run("op", TABLE, 3, implementation="pallas_tpu")

@@ -13,7 +13,6 @@ from recurrence import BFLOAT16, BFLOAT16_GRADIENT, assert_close, call, check
 
 from flora_jax.kernels import aot, dispatch
 from flora_jax.kernels.gated_linear_attention import (
-    api,
     gated_linear_attention,
     mosaic_gpu,
     tiles,
@@ -202,20 +201,6 @@ def test_what_cannot_run_says_why(spec, options, message):
         pytest.raises(NotImplementedError, match="mosaic_gpu: " + message),
     ):
         jax.eval_shape(run, args["q"], args["k"], args["v"], args["log_decay"])
-
-
-def test_runs_only_when_asked_for(monkeypatch):
-    """No device has run it yet, so a Hopper GPU takes the XLA form by itself."""
-    taken = []
-    monkeypatch.setitem(api.UNTRIED, "mosaic_gpu", lambda *a, **k: taken.append("gpu"))
-    monkeypatch.setitem(api.TABLE, "xla", lambda *a, **k: taken.append("xla"))
-    x = jnp.ones((1, 2, 1, 64), jnp.bfloat16)
-    with dispatch.target("sm90"):
-        gated_linear_attention(x, x, x)
-        gated_linear_attention(x, x, x, implementation="mosaic_gpu")
-        with dispatch.use("mosaic_gpu"):
-            gated_linear_attention(x, x, x)
-    assert taken == ["xla", "gpu", "gpu"]
 
 
 @pytest.mark.aot
