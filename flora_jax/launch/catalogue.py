@@ -24,6 +24,7 @@ from flora_jax.models.diffusion import DDPM, FlowMatching
 from flora_jax.models.dit_config import DiTConfig
 from flora_jax.models.llama_config import LlamaConfig
 from flora_jax.models.mlp import MLPConfig
+from flora_jax.models.rope import Rope
 from flora_jax.models.vit_config import ViTConfig
 from flora_jax.quant import Format
 from flora_jax.training import EarlyStopping, TeacherMatching, optim, schedules
@@ -77,6 +78,7 @@ MODELS = (
     FlowMatching,
     TeacherMatching,
     LlamaConfig,
+    Rope,
     Format,
     EarlyStopping,
 )
