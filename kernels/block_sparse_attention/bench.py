@@ -1,4 +1,9 @@
-"""Cases of ``flora bench kernels``: the op against attention over all keys."""
+"""Cases of ``flora bench kernels``: the op against attention over all keys.
+
+Arguments are as the projections of a layer leave them, heads side by side: a TPU keeps the last two
+axes in tiles, and would copy ``[B, T, N, H]`` into that order first. On a Hopper GPU the kernel
+runs where it can, though by itself no platform takes it.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +13,10 @@ from typing import Any
 
 import jax
 
+from flora_jax.kernels import dispatch
 from flora_jax.kernels.bench_spec import Case, Rival
 from flora_jax.kernels.block_sparse_attention.api import block_sparse_attention
-from flora_jax.kernels.block_sparse_attention.arg_specs import SPECS
+from flora_jax.kernels.block_sparse_attention.arg_specs import SPECS, Spec
 
 
 def softmax(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -20,23 +26,48 @@ def softmax(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return jax.nn.dot_product_attention(q, k, v, implementation=implementation)
 
 
-def attend(block_q: int, block_k: int, *args: Any) -> jax.Array:
+def attend(spec: Spec, *args: Any) -> jax.Array:
     """The op's first result."""
-    return block_sparse_attention(*args, block_q=block_q, block_k=block_k)[0]
+    choice = dispatch.chosen(None)
+    if choice is None and dispatch.platform() == "sm90":
+        choice = ("mosaic_gpu", "xla")
+    args = [x.reshape(a.shape) for x, a in zip(args, spec.arguments())]
+    blocks = {"block_q": spec.block_q, "block_k": spec.block_k}
+    return _flat(block_sparse_attention(*args, **blocks, implementation=choice)[0])
+
+
+def over_all(spec: Spec, *args: Any) -> jax.Array:
+    """``softmax`` of flat arguments."""
+    return _flat(softmax(*(x.reshape(a.shape) for x, a in zip(args, spec.arguments()))))
+
+
+def _flat(x: Any) -> Any:
+    """As a layer's projection leaves it: heads side by side."""
+    shape = (*x.shape[:2], x.shape[2] * x.shape[3])
+    return jax.ShapeDtypeStruct(shape, x.dtype) if not hasattr(x, "reshape") else x.reshape(shape)
 
 
 def cases() -> Iterable[Case]:
     """One per length."""
-    for spec in SPECS:
-        args = spec.arguments()
-        yield Case(
-            name=spec.name,
-            function=functools.partial(attend, spec.block_q, spec.block_k),
-            args=args,
-            work=spec.work(),
-            wrt=(0, 1, 2),
-            gradient_work=spec.work(backward=True),
-            rivals={"jax.nn": Rival(function=softmax, args=args[:3])},
-            draw=spec.draw,
-            small=spec.small,
-        )
+    return map(_case, SPECS)
+
+
+def _case(spec: Spec) -> Case:
+    *arrays, table = spec.arguments()
+    args = (*map(_flat, arrays), table)
+
+    def draw(key: jax.Array) -> tuple[jax.Array, ...]:
+        *arrays, table = spec.draw(key)
+        return *map(_flat, arrays), table
+
+    return Case(
+        name=spec.name,
+        function=functools.partial(attend, spec),
+        args=args,
+        work=spec.work(),
+        wrt=(0, 1, 2),
+        gradient_work=spec.work(backward=True),
+        rivals={"jax.nn": Rival(function=functools.partial(over_all, spec), args=args[:3])},
+        draw=draw,
+        small=spec.small,
+    )

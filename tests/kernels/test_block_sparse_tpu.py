@@ -14,6 +14,8 @@ from flora_jax.kernels.block_sparse_attention import arg_specs, block_sparse_att
 from flora_jax.kernels.block_sparse_attention.layout import shape_of
 
 BLOCKS = {"block_q": 128, "block_k": 16}
+WIDTHS = (8, 128)
+"""Heads that are copied into tiles of their own, and heads of whole lanes, which are not."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,20 +40,22 @@ def problem(queries, keys, entries, **kwargs):
 agree = functools.partial(common.agree, implementation="pallas_tpu", **BLOCKS)
 
 
-def test_float32_with_tails_and_steps_of_several_blocks(monkeypatch):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_float32_with_tails_and_steps_of_several_blocks(monkeypatch, width):
     """Three entries in steps of two: the last step is padded. Two query heads per key head."""
     monkeypatch.setattr(pallas_tpu, "STEP", 32)
-    agree(problem(150, 57, 3, heads=2, key_heads=1))
+    agree(problem(150, 57, 3, heads=4, key_heads=2, width=width))
 
 
 def test_bfloat16_in_one_step():
     agree(problem(256, 64, 3, dtype="bfloat16"), outputs=5e-3, grads=8e-3)
 
 
-def test_a_hot_block_blocks_that_none_lists_and_a_call_per_head(monkeypatch):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_hot_block_blocks_that_none_lists_and_a_call_per_head(monkeypatch, width):
     """Room for the prefetched numbers of the keys' gradients of one of the two heads."""
     monkeypatch.setattr(pallas_tpu, "SMEM", 100)
-    q, k, v, table = problem(200, 64, 1)
+    q, k, v, table = problem(200, 64, 1, width=width)
     agree((q, k, v, jnp.full_like(table, 2)))
 
 
