@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from flora_jax.kernels.block_sparse_attention import tile
+from flora_jax.kernels.block_sparse_attention import heads, tile
 from flora_jax.kernels.block_sparse_attention.layout import Shape
 
 ROWS = tile.Rows(axis=0, keep=True)
@@ -61,12 +61,13 @@ def forward(shape: Shape, u: int, place: Any, table: Any, q: Any, *refs: Any) ->
 
     blocks, real = _listed(shape, u, table)
     s = [_scores(shape, q[...], k[...], *which) for k, *which in zip(ks, blocks, real)]
+    vs = [heads.keys(shape).real(v[...], block) for v, block in zip(vs, blocks)]
     p, decay, top[...], total[...] = tile.softmax_step(
         jnp.concatenate(s), top[...], total[...], ROWS
     )
     p = p.astype(q.dtype)
     parts = [p[r * shape.block_k :][: shape.block_k] for r in range(u)]
-    acc[...] = acc[...] * decay + sum(_dot(v[...], part, (0, 0)) for v, part in zip(vs, parts))
+    acc[...] = acc[...] * decay + sum(_dot(v, part, (0, 0)) for v, part in zip(vs, parts))
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
@@ -83,13 +84,15 @@ def dq(shape: Shape, u: int, place: Any, table: Any, *refs: Any) -> None:
     def _():
         acc[...] = jnp.zeros_like(acc)
         outer = o[...].astype(jnp.float32) * do[...].astype(jnp.float32)
-        terms[...] = jnp.sum(outer.T, axis=0, keepdims=True) - dlse[...]
+        found = jnp.sum(outer.T, axis=0, keepdims=True) - dlse[...]
+        terms[...] = heads.queries(shape).real(found, pl.program_id(1), axis=1)
 
-    for k, v, *which in zip(ks, vs, *_listed(shape, u, table)):
-        s = _scores(shape, q[...], k[...], *which)
-        dp = _dot(v[...], do[...], (1, 1))
+    for k, v, block, real in zip(ks, vs, *_listed(shape, u, table)):
+        k, v = (heads.keys(shape).real(x[...], block) for x in (k, v))
+        s = _scores(shape, q[...], k, block, real)
+        dp = _dot(v, do[...], (1, 1))
         _, ds = tile.score_gradient(s, dp, lse2[...], terms[...], ROWS)
-        acc[...] += _dot(k[...], ds.astype(q.dtype), (0, 0))
+        acc[...] += _dot(k, ds.astype(q.dtype), (0, 0))
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
     def _():
@@ -97,7 +100,7 @@ def dq(shape: Shape, u: int, place: Any, table: Any, *refs: Any) -> None:
 
 
 def dkv(shape: Shape, u: int, *refs: Any) -> None:
-    (_, column, _, count, k, v), refs = refs[:6], refs[6:]
+    (_, column, rows, count, k, v), refs = refs[:6], refs[6:]
     qs, dos, lse2s, terms = (refs[n * u : (n + 1) * u] for n in range(4))
     dk, dv, dk_sum, dv_sum = refs[4 * u :]
     h, g = pl.program_id(0), pl.program_id(1)
@@ -114,11 +117,13 @@ def dkv(shape: Shape, u: int, *refs: Any) -> None:
         @pl.when(r < count[at])
         def _(r=r):
             # Keys past the end only touch rows of dk and dv that are cut off.
-            s = _scores(shape, qs[r][...], k[...], None)
-            dp = _dot(v[...], dos[r][...], (1, 1))
+            row = rows[at * u + r]
+            q, do = (heads.queries(shape).real(x[...], row) for x in (qs[r], dos[r]))
+            s = _scores(shape, q, k[...], None)
+            dp = _dot(v[...], do, (1, 1))
             p, ds = tile.score_gradient(s, dp, lse2s[r][...], terms[r][...], ROWS)
-            dv_sum[...] += _dot(p.astype(k.dtype), dos[r][...], (1, 0))
-            dk_sum[...] += _dot(ds.astype(k.dtype), qs[r][...], (1, 0))
+            dv_sum[...] += _dot(p.astype(k.dtype), do, (1, 0))
+            dk_sum[...] += _dot(ds.astype(k.dtype), q, (1, 0))
 
     @pl.when((g == last) | (column[at] != column[jnp.minimum(at + 1, column.shape[0] - 1)]))
     def _():

@@ -49,23 +49,23 @@ class Heads:
     @property
     def shape(self) -> tuple[int, ...]:
         """Of what :meth:`split` gives."""
-        tokens, heads = self.count * self.block, self.key_heads * self.repeats
         if self.flat:
-            return self.batch, tokens, heads * self.width
-        return self.batch, self.key_heads, self.repeats * tokens, self.width
+            heads = self.key_heads * self.repeats
+            return self.batch, max(self.tokens, self.block), heads * self.width
+        return self.batch, self.key_heads, self.repeats * self.count * self.block, self.width
 
     def split(self, x: Array) -> Array:
-        """From ``[B, T, N, H]``, with zeros behind the end."""
+        """From ``[B, T, N, H]``; what a block has behind the end is anything (see ``real``)."""
         if self.flat:
-            x = jnp.pad(x, ((0, 0), (0, -self.tokens % self.block), (0, 0), (0, 0)))
-            return x.reshape(self.shape)
+            x = x.reshape(*x.shape[:2], -1)
+            return jnp.pad(x, ((0, 0), (0, self.shape[1] - self.tokens), (0, 0)))
         return by_head(x, self.block).reshape(self.shape)
 
     def join(self, x: Array) -> Array:
         """The inverse of :meth:`split`."""
         heads = self.key_heads * self.repeats
         if self.flat:
-            return x.reshape(*x.shape[:2], heads, self.width)[:, : self.tokens]
+            return x[:, : self.tokens].reshape(self.batch, -1, heads, self.width)
         return by_token(x.reshape(self.batch, heads, -1, self.width), self.tokens)
 
     def spec(self, at: Callable[..., tuple[Any, Any, Any]]) -> pl.BlockSpec:
@@ -75,6 +75,15 @@ class Heads:
             return pl.BlockSpec((None, self.block, self.width), lambda *x: self._place(*at(*x)))
         block = None, None, self.block, self.width
         return pl.BlockSpec(block, lambda *step: (*at(*step), 0))
+
+    def real(self, x: Array, block: Any, axis: int = 0) -> Array:
+        """``x`` of a block, zeros behind the end of the tokens, which lie along ``axis``."""
+        if self.tokens % self.block == 0:
+            return x
+        if self.repeats > 1:
+            block = lax.rem(block, jnp.array(self.count, block.dtype))
+        token = block * self.block + lax.broadcasted_iota(jnp.int32, x.shape, axis)
+        return jnp.where(token < self.tokens, x, jnp.zeros_like(x))
 
     def _place(self, batch: Any, head: Any, block: Any) -> tuple[Any, Any, Any]:
         if self.repeats == 1:
