@@ -71,8 +71,9 @@ def supported(shape: Shape, dtype: Any) -> None:
 
 def _over_heads(
     call: Callable[..., list[Array]],
+    shape: Shape,
     types: Sequence[Any],
-    scalars: Arrays,
+    tables: Arrays,
     arrays: Arrays,
 ) -> list[Array]:
     """``call(scalars, arrays, into)`` for so many heads at a time that the scalars fit SMEM.
@@ -80,10 +81,10 @@ def _over_heads(
     Args:
       call: makes results of ``types``; of several calls each writes its heads' blocks ``into`` what
         those before it have written.
-      scalars: ``[heads, ...]``.
+      tables: the scalars beside the heads' places, ``[B K, ...]``.
     """
-    count = scalars[0].shape[0]
-    each = sum(4 * math.prod(x.shape[1:]) for x in scalars)
+    count, scalars = len(tables[0]), [_places(shape), *tables]
+    each = sum(4 * math.prod(x.shape[1:]) for x in tables)
     fits = [n for n in range(1, count + 1) if count % n == 0 and n * each <= SMEM]
     if not fits:
         raise NotImplementedError(f"a table of {each >> 10} KiB per head; {SMEM >> 10} fit")
@@ -211,7 +212,7 @@ def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[A
         )
 
     arrays = [of_queries.split(q), of_keys.split(k), of_keys.split(v)]
-    o, lse = _over_heads(call, types, [_places(shape), table], arrays)
+    o, lse = _over_heads(call, shape, types, [table], arrays)
     return of_queries.join(o), _unfold_rows(shape, lse)
 
 
@@ -269,7 +270,7 @@ def _dq(shape: Shape, table: Array, per_query: Arrays, k: Array, v: Array) -> An
             moved=wide * (2 * pairs + 4 * rows) + 12 * rows,
         )
 
-    return _over_heads(call, types, [_places(shape), table], [*per_query, k, v])
+    return _over_heads(call, shape, types, [table], [*per_query, k, v])
 
 
 def _dkv(shape: Shape, table: Array, per_query: Arrays, k: Array, v: Array) -> Any:
@@ -316,5 +317,5 @@ def _dkv(shape: Shape, table: Array, per_query: Arrays, k: Array, v: Array) -> A
         )
 
     # A pair (r, i, t) of the table belongs to query block r * N_q + i.
-    scalars = [_places(shape), column, pairs // shape.entries, count]
-    return _over_heads(call, types, scalars, [k, v, *per_query])
+    tables = [column, pairs // shape.entries, count]
+    return _over_heads(call, shape, types, tables, [k, v, *per_query])
