@@ -1,8 +1,7 @@
 """Cases of ``flora bench kernels``: the op against attention over all keys.
 
 Arguments are as the projections of a layer leave them, heads side by side: a TPU keeps the last two
-axes in tiles, and would copy ``[B, T, N, H]`` into that order first. On a Hopper GPU the kernel
-runs where it can, though by itself no platform takes it.
+axes in tiles, and would copy ``[B, T, N, H]`` into that order first.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from typing import Any
 
 import jax
 
-from flora_jax.kernels import dispatch
 from flora_jax.kernels.bench_spec import Case, Rival
 from flora_jax.kernels.block_sparse_attention.api import block_sparse_attention
 from flora_jax.kernels.block_sparse_attention.arg_specs import SPECS, Spec
@@ -28,12 +26,9 @@ def softmax(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 def attend(spec: Spec, *args: Any) -> jax.Array:
     """The op's first result."""
-    choice = dispatch.chosen(None)
-    if choice is None and dispatch.platform() == "sm90":
-        choice = ("mosaic_gpu", "xla")
     args = [x.reshape(a.shape) for x, a in zip(args, spec.arguments())]
     blocks = {"block_q": spec.block_q, "block_k": spec.block_k}
-    return _flat(block_sparse_attention(*args, **blocks, implementation=choice)[0])
+    return _flat(block_sparse_attention(*args, **blocks)[0])
 
 
 def over_all(spec: Spec, *args: Any) -> jax.Array:
