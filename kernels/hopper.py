@@ -79,12 +79,15 @@ class Ring:
       full: barriers, one per slot: all copies into it have arrived.
       free: barriers, one per slot: every reader has handed it back.
       slots: number of slots.
+      loaded: readers load some of them into registers, not only multiply what they hold: the copies
+        that overwrite those, of another kind of access to memory, need a fence after the loads.
     """
 
     buffers: Sequence[Any]
     full: Any
     free: Any
     slots: int
+    loaded: bool
 
     def fill(
         self, count: Any, sources: Callable[[Any], Sequence[Any]], registers: int | None = 40
@@ -117,6 +120,8 @@ class Ring:
             slot = lax.rem(t, jnp.array(self.slots, t.dtype))
             plgpu.barrier_wait(self.full.at[slot])
             carry = body(t, [buffer.at[slot] for buffer in self.buffers], carry)
+            if self.loaded:
+                plgpu.commit_smem()
             plgpu.barrier_arrive(self.free.at[slot])
             return carry
 

@@ -111,7 +111,7 @@ def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[A
 
     def body(q_ref, k_ref, v_ref, table_ref, o_ref, lse_ref, tiles, ring, q_full):
         own, lse_own, keys, values = tiles
-        stream = hopper.Ring((keys, values), *ring, slots)
+        stream = hopper.Ring((keys, values), *ring, slots, loaded=False)
         i, h, wg = (lax.axis_index(name) for name in ("block", "head", "wg"))
 
         @pl.when(wg < readers)
@@ -131,6 +131,7 @@ def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[A
 
             start_values = hopper.zeros(rows, width), _row(tile.MASKED, rows), _row(0.0, rows)
             acc, top, total = stream.each(steps, step, start_values)
+            plgpu.commit_smem()  # other warps may still multiply what it holds
             mine[...] = (acc / ROWS.spread(total, acc)).astype(q.dtype)
             lse_own.at[wg][...] = tile.log_sum(top, total)
             plgpu.commit_smem()
@@ -189,7 +190,7 @@ def _dq(shape: Shape, table: Array, queries: Sequence[Array], keys: Sequence[Arr
 
     def body(q_ref, do_ref, lse_ref, terms_ref, k_ref, v_ref, table_ref, dq_ref, tiles, ring, full):
         *own, keys, values = tiles
-        stream = hopper.Ring((keys, values), *ring, slots)
+        stream = hopper.Ring((keys, values), *ring, slots, loaded=False)
         i, h, wg = (lax.axis_index(name) for name in ("block", "head", "wg"))
 
         @pl.when(wg < readers)
@@ -211,6 +212,7 @@ def _dq(shape: Shape, table: Array, queries: Sequence[Array], keys: Sequence[Arr
                 return _add_product(acc, ds.astype(dtype), buffers[0]), lse, terms
 
             acc, _, _ = stream.each(steps, step, (hopper.zeros(rows, width), lse, terms))
+            plgpu.commit_smem()  # other warps may still multiply what it holds
             q[...] = (acc * shape.scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q, dq_ref.at[at])
@@ -247,7 +249,7 @@ def _dkv(
 
     def body(q_ref, do_ref, lse_ref, terms_ref, k_ref, v_ref, column_ref, pairs_ref, count_ref,
              dk_ref, dv_ref, own, buffers, ring, full):  # fmt: skip
-        stream = hopper.Ring(buffers, *ring, slots)
+        stream = hopper.Ring(buffers, *ring, slots, loaded=True)
         g, h, wg = (lax.axis_index(name) for name in ("block", "head", "wg"))
         steps = count_ref[h, g]
 

@@ -163,7 +163,7 @@ def _scan(
     def body(x_ref, y_ref, *refs):
         *g_ref, first_ref, before_ref, last_ref, buffers, tiles, ring, arrived = refs
         high, low, room, out, own = tiles
-        stream = hopper.Ring(buffers, *ring, slots)
+        stream = hopper.Ring(buffers, *ring, slots, loaded=True)
         tile, h, b, wg = _place()
         rows, columns = _at(tile // s.width), _at(lax.rem(tile, s.width))
         chunk = lambda t: s.chunks - 1 - t if reverse else t

@@ -219,7 +219,7 @@ def _run(
     def body(*args: Any) -> None:
         refs = dict(zip(inputs, args))
         out_ref, out, ring, barriers = args[len(inputs) :]
-        stream = hopper.Ring(ring, *barriers, slots)
+        stream = hopper.Ring(ring, *barriers, slots, loaded=True)
         at, wg = [lax.axis_index(name) for name in AXES], lax.axis_index("wg")
 
         @pl.when(wg < readers)

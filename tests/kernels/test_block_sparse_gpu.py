@@ -1,4 +1,4 @@
-"""The Hopper kernels: the tile arithmetic on its own, the kernels compiled, what they refuse."""
+"""The Hopper kernels: tile arithmetic, jax's GPU interpreter, compiled for H100, refusals."""
 
 import dataclasses
 import functools
@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from block_sparse import problem
+from block_sparse import agree, problem
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flora_jax.kernels import aot, dispatch, hopper
 from flora_jax.kernels.block_sparse_attention import (
@@ -18,6 +19,7 @@ from flora_jax.kernels.block_sparse_attention import (
 )
 from flora_jax.kernels.block_sparse_attention.layout import shape_of
 
+Ring = hopper.Ring
 SIDES = {"gpu": tile.Rows(axis=1, keep=False), "tpu": tile.Rows(axis=0, keep=True)}
 
 
@@ -63,6 +65,39 @@ def test_score_gradient_is_softmax_s_gradient(side):
     p, ds = tile.score_gradient(turn(s), turn(do @ v.T), row(lse * tile.LOG2E), terms, rows)
     np.testing.assert_allclose(turn(p), jax.nn.softmax(natural, axis=-1), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(turn(ds), pull((do, dlse))[0], atol=1e-3)
+
+
+def product(x, y, shape, transpose=False):
+    del shape
+    y = y[...].astype(jnp.float32)
+    return x[...].astype(jnp.float32) @ (y.T if transpose else y)
+
+
+@pytest.mark.skipif(
+    not hasattr(plgpu, "InterpretGPUParams"), reason="this jax has no public GPU interpreter"
+)
+@pytest.mark.parametrize(
+    ("block_q", "block_k", "width"), [(128, 64, 64), (64, 128, 128)], ids=["128x64", "64x128"]
+)
+def test_interpreted_kernels_equal_the_reference(monkeypatch, block_q, block_k, width):
+    """All but the products, as that interpreter has no matrix unit within loops: the ring of
+    buffers, copies, barriers, two reading warpgroups, grouped heads, short last blocks, a block
+    listed twice, with memory that starts as NaN and race detection."""
+    monkeypatch.setattr(mosaic_gpu, "_product", product)
+    monkeypatch.setattr(
+        mosaic_gpu, "_add_product", lambda total, x, y: total + product(x, y, total.shape)
+    )
+    # As products load here, every ring needs the fence that the matrix unit's reads do not.
+    ring = lambda *args, loaded: Ring(*args, loaded=True)
+    monkeypatch.setattr(hopper, "Ring", ring)
+    # Fewer buffers than steps, so that they are filled again.
+    monkeypatch.setattr(hopper, "slots", lambda *sizes: 2)
+    rng = np.random.default_rng(1)
+    q, k, v, _ = problem(150, 200, heads=2, key_heads=1, width=width, dtype="bfloat16")
+    blocks = -(-150 // block_q), -(-200 // block_k)
+    table = jnp.asarray(rng.integers(0, blocks[1], (1, 2, blocks[0], 3)), jnp.int32)
+    with dispatch.interpret(plgpu.InterpretGPUParams(detect_races=True)):
+        agree((q, k, v, table), "mosaic_gpu", 5e-3, 8e-3, block_q=block_q, block_k=block_k)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flora_jax.kernels import aot, dispatch
+from flora_jax.kernels import aot, dispatch, hopper
 from flora_jax.kernels.low_bit_matmul import (
     Rows,
     arg_specs,
@@ -108,10 +108,12 @@ def test_the_benchmark_s_products_fill_the_device(spec):
 
 @pytest.fixture
 def interpreted(request, monkeypatch):
-    """As many programs, or sums are split."""
+    """As many programs, or sums are split; with one, a single buffer, filled again at each step."""
     if not hasattr(plgpu, "InterpretGPUParams"):
         pytest.skip("jax's GPU interpreter is public since 0.12")
     monkeypatch.setattr(cuts, "PROGRAMS", request.param)
+    if request.param == 1:
+        monkeypatch.setattr(hopper, "slots", lambda *sizes: 1)
     with dispatch.interpret(plgpu.InterpretGPUParams(detect_races=True)):
         yield
 
