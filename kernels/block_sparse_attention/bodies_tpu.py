@@ -13,10 +13,27 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 
-from flora_jax.kernels.block_sparse_attention import heads, tile
+from flora_jax.kernels.block_sparse_attention import tile
 from flora_jax.kernels.block_sparse_attention.layout import Shape
+from flora_jax.kernels.heads import Heads
 
 ROWS = tile.Rows(axis=0, keep=True)
+
+
+def queries(shape: Shape) -> Heads:
+    """Where q, o and their gradients lie."""
+    return Heads(
+        batch=shape.batch, tokens=shape.queries, key_heads=shape.key_heads, repeats=shape.repeats,
+        width=shape.width, block=shape.block_q,
+    )  # fmt: skip
+
+
+def keys(shape: Shape) -> Heads:
+    """Where k, v and their gradients lie."""
+    return Heads(
+        batch=shape.batch, tokens=shape.keys, key_heads=shape.key_heads, width=shape.width,
+        block=shape.block_k,
+    )  # fmt: skip
 
 
 def _dot(x: Array, y: Array, axes: tuple[int, int]) -> Array:
@@ -61,7 +78,7 @@ def forward(shape: Shape, u: int, place: Any, table: Any, q: Any, *refs: Any) ->
 
     blocks, real = _listed(shape, u, table)
     s = [_scores(shape, q[...], k[...], *which) for k, *which in zip(ks, blocks, real)]
-    vs = [heads.keys(shape).real(v[...], block) for v, block in zip(vs, blocks)]
+    vs = [keys(shape).real(v[...], block) for v, block in zip(vs, blocks)]
     p, decay, top[...], total[...] = tile.softmax_step(
         jnp.concatenate(s), top[...], total[...], ROWS
     )
@@ -85,10 +102,10 @@ def dq(shape: Shape, u: int, place: Any, table: Any, *refs: Any) -> None:
         acc[...] = jnp.zeros_like(acc)
         outer = o[...].astype(jnp.float32) * do[...].astype(jnp.float32)
         found = jnp.sum(outer.T, axis=0, keepdims=True) - dlse[...]
-        terms[...] = heads.queries(shape).real(found, pl.program_id(1), axis=1)
+        terms[...] = queries(shape).real(found, pl.program_id(1), axis=1)
 
     for k, v, block, real in zip(ks, vs, *_listed(shape, u, table)):
-        k, v = (heads.keys(shape).real(x[...], block) for x in (k, v))
+        k, v = (keys(shape).real(x[...], block) for x in (k, v))
         s = _scores(shape, q[...], k, block, real)
         dp = _dot(v, do[...], (1, 1))
         _, ds = tile.score_gradient(s, dp, lse2[...], terms[...], ROWS)
@@ -118,7 +135,7 @@ def dkv(shape: Shape, u: int, *refs: Any) -> None:
         def _(r=r):
             # Keys past the end only touch rows of dk and dv that are cut off.
             row = rows[at * u + r]
-            q, do = (heads.queries(shape).real(x[...], row) for x in (qs[r], dos[r]))
+            q, do = (queries(shape).real(x[...], row) for x in (qs[r], dos[r]))
             s = _scores(shape, q, k[...], None)
             dp = _dot(v[...], do, (1, 1))
             p, ds = tile.score_gradient(s, dp, lse2s[r][...], terms[r][...], ROWS)

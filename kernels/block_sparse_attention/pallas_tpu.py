@@ -2,7 +2,7 @@
 
 A grid step takes several listed blocks, each by an input of its own, since a step has a fixed cost.
 The gradient of keys and values walks the table read by key block (``layout.segments``), in a grid
-of static size. ``heads.py`` says how arrays lie, ``bodies_tpu.py`` what a step computes.
+of static size. ``kernels/heads.py`` says how arrays lie, ``bodies_tpu.py`` what a step computes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from flora_jax.kernels import dispatch
-from flora_jax.kernels.block_sparse_attention import bodies_tpu, heads, tile
+from flora_jax.kernels.block_sparse_attention import bodies_tpu, tile
 from flora_jax.kernels.block_sparse_attention.layout import (
     Shape,
     fold_queries,
@@ -130,9 +130,9 @@ def _by_query(shape: Shape, u: int, steps: int) -> tuple[Any, ...]:
         def at(h: Any, i: Any, t: Any, place: Any, table: Any) -> tuple[Any, ...]:
             return *_at(place, h), table[((h * blocks + i) * steps + t) * u + r]
 
-        return heads.keys(shape).spec(at)
+        return bodies_tpu.keys(shape).one(at)
 
-    query = heads.queries(shape).spec(lambda h, i, t, place, _: (*_at(place, h), i))
+    query = bodies_tpu.queries(shape).one(lambda h, i, t, place, _: (*_at(place, h), i))
     row = pl.BlockSpec(
         (None, None, 1, shape.block_q), lambda h, i, t, place, _: (*_at(place, h), 0, i)
     )
@@ -190,7 +190,7 @@ def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[A
     table = _padded(fold_table(shape, table), u)
     blocks, steps = table.shape[1], table.shape[2] // u
     query, row, key = _by_query(shape, u, steps)
-    of_queries, of_keys = heads.queries(shape), heads.keys(shape)
+    of_queries, of_keys = bodies_tpu.queries(shape), bodies_tpu.keys(shape)
     types = [jax.ShapeDtypeStruct(of_queries.shape, q.dtype), _row_type(shape)]
     flat, wide = (1, shape.block_q), shape.width * q.dtype.itemsize
 
@@ -234,7 +234,7 @@ def backward(
 ) -> tuple[Array, Array, Array]:
     """``(dq, dk, dv)``, the probabilities again from ``lse``."""
     supported(shape, q.dtype)
-    of_queries, of_keys = heads.queries(shape), heads.keys(shape)
+    of_queries, of_keys = bodies_tpu.queries(shape), bodies_tpu.keys(shape)
     q, do, o = (of_queries.split(x) for x in (q, do.astype(q.dtype), o))
     k, v = of_keys.split(k), of_keys.split(v)
     lse2, dlse = _fold_rows(shape, lse * tile.LOG2E), _fold_rows(shape, dlse)
@@ -250,7 +250,7 @@ def _dq(shape: Shape, table: Array, per_query: Arrays, k: Array, v: Array) -> An
     table = _padded(table, u)
     blocks, steps = table.shape[1], table.shape[2] // u
     query, row, key = _by_query(shape, u, steps)
-    types = [jax.ShapeDtypeStruct(heads.queries(shape).shape, k.dtype), _row_type(shape)]
+    types = [jax.ShapeDtypeStruct(bodies_tpu.queries(shape).shape, k.dtype), _row_type(shape)]
 
     def call(scalars: Arrays, arrays: Arrays, into: Arrays) -> list[Array]:
         *per_query, k, v = arrays
@@ -290,13 +290,13 @@ def _dkv(shape: Shape, table: Array, per_query: Arrays, k: Array, v: Array) -> A
 
         if flat:
             return pl.BlockSpec((None, None, 1, shape.block_q), along)
-        return heads.queries(shape).spec(at)
+        return bodies_tpu.queries(shape).one(at)
 
-    key = heads.keys(shape).spec(
+    key = bodies_tpu.keys(shape).one(
         lambda h, g, place, column, *_: (*_at(place, h), column[h * size + g])
     )
     queries = [query(r, flat) for flat in (False, False, True, True) for r in range(u)]
-    types = [jax.ShapeDtypeStruct(heads.keys(shape).shape, k.dtype)] * 2
+    types = [jax.ShapeDtypeStruct(bodies_tpu.keys(shape).shape, k.dtype)] * 2
 
     def call(scalars: Arrays, arrays: Arrays, into: Arrays) -> list[Array]:
         k, v, *per_query = arrays

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from flora_jax.kernels import dispatch
 from flora_jax.kernels.gated_linear_attention import tiles
-from flora_jax.kernels.gated_linear_attention.rows import Rows
+from flora_jax.kernels.heads import Heads
 
 CHUNK = 64
 VMEM = 96 * 2**20
@@ -118,31 +118,31 @@ class _Sizes:
     value_dim: int
     gate: int
 
-    def _rows(self, dim: int, group: int = 1, numbers: bool = False) -> Rows:
-        return Rows(
-            batch=self.batch, length=self.length, heads=self.heads, group=group, dim=dim,
-            chunk=self.chunk, numbers=numbers,
+    def _of(self, width: int, repeats: int = 1, numbers: bool = False) -> Heads:
+        return Heads(
+            batch=self.batch, tokens=self.length, key_heads=self.heads, repeats=repeats,
+            width=width, block=self.chunk, numbers=numbers,
         )  # fmt: skip
 
     @property
-    def queries(self) -> Rows:
-        return self._rows(self.dim, self.group)
+    def queries(self) -> Heads:
+        return self._of(self.dim, self.group)
 
     @property
-    def keys(self) -> Rows:
-        return self._rows(self.dim)
+    def keys(self) -> Heads:
+        return self._of(self.dim)
 
     @property
-    def values(self) -> Rows:
-        return self._rows(self.value_dim)
+    def values(self) -> Heads:
+        return self._of(self.value_dim)
 
     @property
-    def outputs(self) -> Rows:
-        return self._rows(self.value_dim, self.group)
+    def outputs(self) -> Heads:
+        return self._of(self.value_dim, self.group)
 
     @property
-    def gates(self) -> Rows:
-        return self._rows(self.gate, numbers=self.gate == 1)
+    def gates(self) -> Heads:
+        return self._of(self.gate, numbers=self.gate == 1)
 
     @property
     def gated(self) -> bool:
@@ -193,35 +193,36 @@ def _forward_body(how, s, dot, *refs):
     def _():
         state[...] = first_ref[0, 0]
 
-    g = s.gates.read(g_ref)[0] if s.gated else None
-    k, v = s.keys.read(k_ref)[0], s.values.read(v_ref)[0]
-    out, new = tiles.forward(s.queries.read(q_ref) * how.scale, k, v, g, state[...], dot=dot)
+    c = pl.program_id(2)
+    g = s.gates.read(g_ref, c)[0] if s.gated else None
+    k, v = s.keys.read(k_ref, c)[0], s.values.read(v_ref, c)[0]
+    out, new = tiles.forward(s.queries.read(q_ref, c) * how.scale, k, v, g, state[...], dot=dot)
     s.outputs.write(out_ref, out)
     state[...] = new
     last_ref[0, 0] = new
 
 
 def _inputs(
-    s: _Sizes, at: Callable[[Any], Any], k: jax.Array, v: jax.Array, g: jax.Array | None
+    s: _Sizes, at: Callable[..., Any], k: jax.Array, v: jax.Array, g: jax.Array | None
 ) -> list[tuple[Any, Any]]:
     """Keys, values and gates, None without, and their blocks."""
     arrays = [(k, s.keys), (v, s.values), (g, s.gates)]
-    return [(None if x is None else rows.split(x), rows.spec(at)) for x, rows in arrays]
+    return [(None if x is None else heads.split(x), heads.group(at)) for x, heads in arrays]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(how, q, k, v, g, state):
-    s, at = _sizes(how, q, k, v, g), lambda c: c
+    s, at = _sizes(how, q, k, v, g), lambda *step: step
     out, last = _call(
         partial(_forward_body, how, s, _dot(q.dtype)),
         s.grid,
         [
-            (s.queries.split(q), s.queries.spec(at)),
+            (s.queries.split(q), s.queries.group(at)),
             *_inputs(s, at, k, v, g),
             (state.swapaxes(2, 3), _head(s.value_dim, s.dim)),
         ],
         [
-            (s.outputs.shape, q.dtype, s.outputs.spec(at)),
+            (s.outputs.shape, q.dtype, s.outputs.group(at)),
             ((*s.lead, s.value_dim, s.dim), jnp.float32, _head(s.value_dim, s.dim)),
         ],
         [pltpu.VMEM((s.value_dim, s.dim), jnp.float32)],
@@ -244,9 +245,10 @@ def _states_body(s, dot, *refs):
         state[...] = first_ref[0, 0]
 
     before_ref[0, 0, 0] = state[...]
-    g = s.gates.read(g_ref)[0] if s.gated else None
-    decay = tiles.decays(g, None, s.chunk)
-    new = tiles.update(state[...], s.keys.read(k_ref)[0], s.values.read(v_ref)[0], decay, dot)
+    c = pl.program_id(2)
+    g = s.gates.read(g_ref, c)[0] if s.gated else None
+    k, v = s.keys.read(k_ref, c)[0], s.values.read(v_ref, c)[0]
+    new = tiles.update(state[...], k, v, tiles.decays(g, None, s.chunk), dot)
     state[...] = new
     last_ref[0, 0] = new
 
@@ -257,7 +259,7 @@ def _states(s, dot, k, v, g, state):
     return _call(
         partial(_states_body, s, dot),
         s.grid,
-        [*_inputs(s, lambda c: c, k, v, g), (state, _head(*one))],
+        [*_inputs(s, lambda *step: step, k, v, g), (state, _head(*one))],
         [
             (
                 (*s.lead, s.count, *one),
@@ -278,7 +280,8 @@ def _backward_body(how, s, dot, *refs):
     dg_ref = refs.pop(0) if s.gated else None
     d_first_ref, d_state, *refs = refs
     later_ref = refs.pop(0) if s.gated else None
-    g = s.gates.read(g_ref)[0] if s.gated else None
+    c = s.count - 1 - pl.program_id(2)
+    g = s.gates.read(g_ref, c)[0] if s.gated else None
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -290,12 +293,12 @@ def _backward_body(how, s, dot, *refs):
             later_ref[...] = product
 
     dq, dk, dv, dg, before, later = tiles.backward(
-        s.queries.read(q_ref) * how.scale,
-        s.keys.read(k_ref)[0],
-        s.values.read(v_ref)[0],
+        s.queries.read(q_ref, c) * how.scale,
+        s.keys.read(k_ref, c)[0],
+        s.values.read(v_ref, c)[0],
         g,
         before_ref[0, 0, 0],
-        s.outputs.read(do_ref),
+        s.outputs.read(do_ref, c),
         d_state[...],
         later_ref[...] if s.gated else None,
         dot=dot,
@@ -314,10 +317,10 @@ def _attend_backward(how, saved, cotangents):
     q, k, v, g, state = saved
     d_out, d_last = cotangents
     s, dot = _sizes(how, q, k, v, g), _dot(q.dtype)
-    back = lambda c: s.count - 1 - c
+    back = lambda b, h, c: (b, h, s.count - 1 - c)
     before, last = _states(s, dot, k, v, g, state.swapaxes(2, 3))
     one = (s.value_dim, s.dim)
-    chunk_state = pl.BlockSpec((1, 1, 1, *one), lambda b, h, c: (b, h, back(c), 0, 0))
+    chunk_state = pl.BlockSpec((1, 1, 1, *one), lambda *step: (*back(*step), 0, 0))
     scratch = [pltpu.VMEM(one, jnp.float32)]
     grads = [(q, s.queries), (k, s.keys), (v, s.values)]
     if g is not None:
@@ -327,21 +330,21 @@ def _attend_backward(how, saved, cotangents):
         partial(_backward_body, how, s, dot),
         s.grid,
         [
-            (s.queries.split(q), s.queries.spec(back)),
+            (s.queries.split(q), s.queries.group(back)),
             *_inputs(s, back, k, v, g),
             (before, chunk_state),
             (last, _head(*one)),
-            (s.outputs.split(d_out), s.outputs.spec(back)),
+            (s.outputs.split(d_out), s.outputs.group(back)),
             (d_last.astype(jnp.float32).swapaxes(2, 3), _head(*one)),
         ],
         [
-            *((rows.shape, x.dtype, rows.spec(back)) for x, rows in grads),
+            *((heads.shape, x.dtype, heads.group(back)) for x, heads in grads),
             ((*s.lead, *one), jnp.float32, _head(*one)),
         ],
         scratch,
         3 * s.flops,
     )
-    found = [rows.join(x) for x, (_, rows) in zip(found, grads)]
+    found = [heads.join(x) for x, (_, heads) in zip(found, grads)]
     dq, dk, dv, dg = found if s.gated else (*found, None)
     return dq, dk, dv, dg, d_first.swapaxes(2, 3)
 
