@@ -79,8 +79,7 @@ def product(x, y, shape, transpose=False):
 @pytest.mark.parametrize(
     ("block_q", "block_k", "width"), [(128, 64, 64), (64, 128, 128)], ids=["128x64", "64x128"]
 )
-# The interpreter of jax 0.12 can wait for ever where a machine has two cores: by hand only.
-@pytest.mark.slow
+@pytest.mark.interpreter
 def test_interpreted_kernels_equal_the_reference(monkeypatch, block_q, block_k, width):
     """All but the products, as that interpreter has no matrix unit within loops: the ring of
     buffers, copies, barriers, two reading warpgroups, grouped heads, short last blocks, a block

@@ -165,8 +165,7 @@ class Turned:
 @pytest.mark.parametrize(
     ("gate", "dim", "heads"), [("channel", 128, 1), ("head", 64, 2), ("none", 64, 1)]
 )
-# The interpreter of jax 0.12 can wait for ever where a machine has two cores: by hand only.
-@pytest.mark.slow
+@pytest.mark.interpreter
 def test_interpreted_kernels_equal_the_recurrence(monkeypatch, gate, dim, heads):
     """All but the products: copies, barriers, buffers, the order of chunks, with memory that starts
     as NaN and race detection. With a decay per head the scan's buffer is filled again."""

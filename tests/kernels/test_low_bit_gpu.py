@@ -131,8 +131,7 @@ CASES = [
 @pytest.mark.parametrize(
     "interpreted, format, group, symmetric, tile, m", CASES, indirect=["interpreted"]
 )
-# The interpreter of jax 0.12 can wait for ever where a machine has two cores: by hand only.
-@pytest.mark.slow
+@pytest.mark.interpreter
 def test_forward_and_gradient(interpreted, format, group, symmetric, tile, m):
     k = 512 if format == "int4" else 256
     w = rounded(normal(k, 128), format, group=group, symmetric=symmetric, tile=tile)
@@ -155,8 +154,7 @@ def test_forward_and_gradient(interpreted, format, group, symmetric, tile, m):
     [(1, 256, 128), (1, 256, 256), (8, 512, 512), (1, 256, 512)],
     indirect=["interpreted"],
 )
-# The interpreter of jax 0.12 can wait for ever where a machine has two cores: by hand only.
-@pytest.mark.slow
+@pytest.mark.interpreter
 def test_integers_are_those_of_int64(interpreted, tile, group):
     """With zero points of rows and weights; a group is one step or several, of one nibble or both.
 
