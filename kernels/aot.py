@@ -75,7 +75,7 @@ def _tpu(name: str) -> Target:
     )
 
 
-# By the names of ``bench_spec.DEVICES``, which has their peak rates.
+# By the names of ``costs.DEVICES``, which has their peak rates.
 TARGETS = {
     "tpu_v5e": _tpu("v5e"),
     "tpu_v6e": _tpu("v6e"),

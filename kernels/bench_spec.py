@@ -19,53 +19,7 @@ import numpy as np
 
 from flora_jax import kernels
 from flora_jax.core.errors import ConfigError, unknown
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Work:
-    """The least that a call must do: what the roofline is computed from.
-
-    Args:
-      flops: multiplications and additions on the matrix unit.
-      bytes: of inputs read once and outputs written once.
-      unit: dtype of the matrix products, a key of :attr:`Device.flops`.
-    """
-
-    flops: float
-    bytes: float
-    unit: str = "bfloat16"
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Device:
-    """Peak rates: ``bytes`` per second of main memory, ``flops`` per second by dtype.
-
-    A dtype that has no entry runs at the rate of bfloat16.
-    """
-
-    bytes: float
-    flops: Mapping[str, float]
-
-    def bound(self, work: Work) -> float:
-        """Seconds that ``work`` takes at least."""
-        rate = self.flops.get(work.unit, self.flops["bfloat16"])
-        return max(work.bytes / self.bytes, work.flops / rate)
-
-
-# The H200 row is what a copy and a bfloat16 product reached on one, int8 and fp8 taken as twice
-# that; the others are the figures of the data sheets.
-DEVICES = {
-    "h200": Device(
-        bytes=4.3e12,
-        flops={"bfloat16": 790e12, "int8": 1580e12, "float8_e4m3fn": 1580e12, "float32": 60e12},
-    ),
-    "h100": Device(
-        bytes=3.35e12,
-        flops={"bfloat16": 989e12, "int8": 1979e12, "float8_e4m3fn": 1979e12, "float32": 67e12},
-    ),
-    "tpu_v5e": Device(bytes=0.82e12, flops={"bfloat16": 197e12, "int8": 394e12}),
-    "tpu_v6e": Device(bytes=1.64e12, flops={"bfloat16": 918e12, "int8": 1836e12}),
-}
+from flora_jax.kernels.costs import Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -32,7 +32,7 @@ def recur(
     call: Call,
     *,
     scale: float,
-    chunk: int,
+    chunk: int | None,
 ) -> tuple[jax.Array, State]:
     """``S_t = diag(e^(l_t)) S_(t-1) + k_t^T v_t``, ``o_t = scale q_t S_t`` under a call's padding
     and segments.
@@ -115,7 +115,7 @@ class GLA(Variant):
       rank: r, of the gate's projection.
       normaliser: of the log-gate.
       output_gate: whether the normalised output is gated by the input.
-      chunk: tokens of a chunk, a power of two.
+      chunk: tokens of a chunk, a power of two; None: the kernel's own choice.
 
     >>> GLA().init(jax.random.key(0), Sizes(heads=4, kv_heads=2, dim=8, width=32), jnp.float32)[
     ...     "gate_up"].shape
@@ -130,7 +130,7 @@ class GLA(Variant):
     normaliser: float = 16.0
     output_gate: bool = True
     eps: float = 1e-5
-    chunk: int = 64
+    chunk: int | None = None
 
     def __post_init__(self):
         if self.rank < 1 or self.normaliser <= 0:

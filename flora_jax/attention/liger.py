@@ -52,7 +52,7 @@ class Liger(Variant):
       window: keys of the softmax part.
       weights: of the window's softmax and of the recurrence; (0, 1) is the recurrence alone.
       normaliser: of the log-gate of ``gla``.
-      chunk: tokens of a chunk, a power of two.
+      chunk: tokens of a chunk, a power of two; None: the kernel's own choice.
 
     >>> Liger().init(jax.random.key(0), Sizes(heads=4, kv_heads=2, dim=8, width=32), jnp.float32)
     {}
@@ -66,7 +66,7 @@ class Liger(Variant):
     window: int = 64
     weights: tuple[float, float] = (0.5, 0.5)
     normaliser: float = 16.0
-    chunk: int = 64
+    chunk: int | None = None
 
     def __post_init__(self):
         if self.form not in FORMS:

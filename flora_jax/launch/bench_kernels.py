@@ -22,7 +22,8 @@ import numpy as np
 
 from flora_jax.core.errors import ConfigError, unknown
 from flora_jax.kernels import aot, bench_spec, dispatch
-from flora_jax.kernels.bench_spec import DEVICES, Case, Work
+from flora_jax.kernels.bench_spec import Case
+from flora_jax.kernels.costs import DEVICES, Work
 
 EXAMPLE = "flora bench kernels --ops low_bit_matmul --cases 'w4a16.* M16 .*' --targets tpu_v5e"
 HERE = "here"

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from flora_jax.kernels.bench_spec import Work
+from flora_jax.kernels.costs import Work
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

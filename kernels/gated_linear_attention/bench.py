@@ -14,7 +14,8 @@ from typing import Any
 
 import jax
 
-from flora_jax.kernels.bench_spec import Case, Rival, Work
+from flora_jax.kernels.bench_spec import Case, Rival
+from flora_jax.kernels.costs import Work
 from flora_jax.kernels.gated_linear_attention.api import gated_linear_attention
 from flora_jax.kernels.gated_linear_attention.arg_specs import BENCH, ArgSpec
 

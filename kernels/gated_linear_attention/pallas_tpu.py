@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from flora_jax.kernels import dispatch
+from flora_jax.kernels import costs, dispatch
 from flora_jax.kernels.gated_linear_attention import tiles
+from flora_jax.kernels.gated_linear_attention.chunks import Call, call_of, choose
 from flora_jax.kernels.heads import Heads
 
-CHUNK = 64
 VMEM = 96 * 2**20
 """Bytes of VMEM that one kernel may ask for."""
 
@@ -44,15 +44,23 @@ def pallas_tpu(
         raise NotImplementedError("a single token")
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"dtype {q.dtype}")
-    chunk = chunk or CHUNK
-    if chunk < 16:
-        raise NotImplementedError(f"chunk {chunk} is under 16")
-    group = q.shape[2] // k.shape[2]
-    need = step_bytes(group, chunk, q.shape[3], v.shape[3])
-    if need > VMEM:
-        raise NotImplementedError(f"a step needs {need >> 20} MiB of VMEM of {VMEM >> 20}")
+    call = call_of(q, k, v, g)
+    if chunk is None:
+        chunk = choose(call, costs.TPU, refusal=partial(_refusal, call), least=16)
+    elif (reason := _refusal(call, chunk)) is not None:
+        raise NotImplementedError(reason)
     how = _How(scale=scale, chunk=chunk)
     return _attend(how, q, k, v, g, state)
+
+
+def _refusal(call: Call, chunk: int) -> str | None:
+    """Why the kernels cannot take a chunk, or None."""
+    if chunk < 16:
+        return f"chunk {chunk} is under 16"
+    need = step_bytes(call.group, chunk, call.dim, call.value_dim)
+    if need > VMEM:
+        return f"a step of {chunk} tokens needs {need >> 20} MiB of VMEM of {VMEM >> 20}"
+    return None
 
 
 def step_bytes(group: int, chunk: int, dim: int, value_dim: int) -> int:

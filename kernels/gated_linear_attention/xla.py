@@ -10,14 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from flora_jax.kernels import costs
 from flora_jax.kernels.gated_linear_attention import tiles
-
-CHUNK = 64
-
-
-def chunk_of(length: int, chunk: int | None) -> int:
-    """The chunk asked for or ``CHUNK``, no longer than a short sequence needs."""
-    return min(chunk or CHUNK, 1 << max(length - 1, 0).bit_length())
+from flora_jax.kernels.gated_linear_attention.chunks import call_of, choose
 
 
 def xla(
@@ -39,9 +34,12 @@ def xla(
       g: ``[B, T, H, K]``, ``[B, T, H, 1]`` or None.
       state: ``[B, H, K, V]`` float32.
       segments: ``[B, T]``, 0 where the given state continues, then rising; or None.
-      chunk: a power of two.
+      chunk: a power of two; no longer than a short sequence needs. Default: ``chunks.choose``.
     """
-    how = _How(scale=scale, chunk=chunk_of(q.shape[1], chunk))
+    call = call_of(q, k, v, g)
+    if chunk is None:
+        chunk = choose(call, costs.xla_machine(), together=True)
+    how = _How(scale=scale, chunk=min(chunk, call.whole))
     return _attend(how, q, k, v, g, state, segments)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 
-from flora_jax.kernels.bench_spec import Case, Rival, Work
+from flora_jax.kernels.bench_spec import Case, Rival
+from flora_jax.kernels.costs import Work
 from flora_jax.kernels.low_bit_matmul.api import low_bit_matmul
 from flora_jax.kernels.low_bit_matmul.arg_specs import LARGE, SMALL, Spec
 from flora_jax.kernels.low_bit_matmul.packing import LowBit

@@ -1,4 +1,4 @@
-"""Block sizes of the TPU kernels by a small cost model."""
+"""Block sizes of the TPU kernels by a small cost model (``kernels/costs.py``)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from flora_jax.kernels import costs
 from flora_jax.kernels.low_bit_matmul.packing import LowBit
 
 VMEM = 12 << 20
 """Bytes that the blocks, twice, and what a step computes may take: under the 16 MB that a TPU core
 gives a kernel unasked."""
-STEP = 0.35e-6
-BANDWIDTH, MATRIX, VECTOR = 0.82e12, 197e12, 4e12
-"""Of a v5e, where memory is slowest: bytes, bfloat16 flops and vector operations a second. Only
-their ratios matter here."""
 UNPACK = 10
 """Vector operations per weight from the byte to bfloat16, about."""
 
@@ -83,9 +80,9 @@ def seconds(m: int, w: LowBit, blocks: Blocks, x: Any, out: Any) -> float:
     size = lambda dtype: jnp.dtype(dtype).itemsize
     moved = w.nbytes * times_w + m * k * size(x) * times_x + m * n * size(out)
     padded = max(blocks.m, 8) * times_w
-    arithmetic = 2 * padded * k * n / MATRIX + UNPACK * k * n * times_w / VECTOR
+    work = costs.Work(flops=2 * padded * k * n, bytes=moved)
     steps = times_w * times_x * (k // parts(w) // blocks.k)
-    return max(moved / BANDWIDTH, arithmetic) + STEP * steps
+    return costs.TPU.seconds(work, UNPACK * k * n * times_w, steps)
 
 
 def choose(m: int, w: LowBit, x: Any, out: Any, most: int | None = None) -> Blocks:
@@ -94,22 +91,25 @@ def choose(m: int, w: LowBit, x: Any, out: Any, most: int | None = None) -> Bloc
     Raises:
       NotImplementedError: none fits, with the reason.
     """
+
+    def refused(blocks: Blocks) -> str | None:
+        reason = refusal(w, blocks, most)
+        if reason is None and memory(w, blocks, x, out) > VMEM:
+            reason = f"k={blocks.k} n={blocks.n} takes more than {VMEM >> 20} MB of VMEM"
+        return reason
+
+    return costs.cheapest(
+        _candidates(m, w),
+        refusal=refused,
+        seconds=lambda blocks: seconds(m, w, blocks, x, out),
+        what=f"blocks for {w.shape} in tiles of {w.tile}",
+    )
+
+
+def _candidates(m: int, w: LowBit) -> list[Blocks]:
+    """Small ones first, which win where estimates are equal."""
     n, whole = w.shape[-1], span(w)
     rows = [m] if m <= 256 else [256, 512]
     columns = [c for c in (128, 256, 512, 1024, 2048) if c < n] + ([n] if n <= 2048 else [])
-    steps = [whole // d for d in range(1, whole + 1) if whole % d == 0 and whole // d >= 128]
-    found, reasons = [], []
-    for k in steps or [whole]:
-        for c in columns:
-            for r in rows:
-                blocks = Blocks(m=r, k=k, n=c)
-                reason = refusal(w, blocks, most)
-                if reason is None and memory(w, blocks, x, out) > VMEM:
-                    reason = f"k={k} n={c} takes more than {VMEM >> 20} MB of VMEM"
-                if reason is None:
-                    found.append((seconds(m, w, blocks, x, out), k, c, r, blocks))
-                else:
-                    reasons.append(reason)
-    if not found:
-        raise NotImplementedError(f"no blocks for {w.shape} in tiles of {w.tile}: {reasons[0]}")
-    return min(found, key=lambda f: f[:4])[-1]
+    steps = [d for d in range(128, whole + 1) if whole % d == 0] or [whole]
+    return [Blocks(m=r, k=k, n=c) for k in steps for c in columns for r in rows]

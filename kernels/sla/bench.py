@@ -9,9 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from flora_jax.kernels.bench_spec import Case, Rival, Work
+from flora_jax.kernels.bench_spec import Case, Rival
 from flora_jax.kernels.block_sparse_attention.arg_specs import BENCH, SMALL, Spec
 from flora_jax.kernels.block_sparse_attention.bench import softmax
+from flora_jax.kernels.costs import Work
 from flora_jax.kernels.sla.api import sla
 from flora_jax.kernels.sla.config import SLAConfig
 

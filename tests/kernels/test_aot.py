@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from flora_jax.core.errors import ConfigError
 from flora_jax.kernels import aot, dispatch
-from flora_jax.kernels.bench_spec import DEVICES
+from flora_jax.kernels.costs import DEVICES
 
 X = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
 Y = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16)

@@ -9,14 +9,6 @@ from flora_jax.core.errors import ConfigError
 from flora_jax.kernels import bench_spec
 
 
-def test_the_bound_is_memory_or_arithmetic_whichever_is_longer():
-    device = bench_spec.Device(bytes=10.0, flops={"bfloat16": 100.0, "int8": 200.0})
-    assert device.bound(bench_spec.Work(flops=100, bytes=20)) == 2.0
-    assert device.bound(bench_spec.Work(flops=1000, bytes=20)) == 10.0
-    assert device.bound(bench_spec.Work(flops=1000, bytes=20, unit="int8")) == 5.0
-    assert device.bound(bench_spec.Work(flops=1000, bytes=20, unit="float32")) == 10.0
-
-
 def test_gradient_of_chosen_arguments():
     f = lambda x, n, y: {"a": x * n, "b": y * y}
     dx, dy = bench_spec.gradient(f, (0, 2))(jnp.ones(3), 4, jnp.full(2, 3.0))

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from flora_jax import cli
-from flora_jax.kernels import bench_spec
+from flora_jax.kernels import bench_spec, costs
 from flora_jax.launch import bench_kernels
 
 ONE = ["--ops", "low_bit_matmul", "--cases", "w4a16 g64 M1 .*"]
@@ -35,7 +35,7 @@ def test_medians_of_the_op_and_its_rival(capsys):
 
 
 def test_a_program_that_was_not_counted_whole_has_no_share():
-    work = bench_spec.Work(flops=1e9, bytes=1e9)
+    work = costs.Work(flops=1e9, bytes=1e9)
     got = bench_kernels.cost(lambda x: x + 1, (1.0,), work, "here", "h200")
     assert got["share"] is None
 
