@@ -1,6 +1,7 @@
 """The cards of GLA and Liger."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -160,3 +161,14 @@ def test_bad_settings_are_refused():
     q, k, v = qkv()
     with pytest.raises(ConfigError, match="Liger reads the layer's q: give inputs"):
         Liger().attend({}, q, k, v)
+
+
+@pytest.mark.parametrize("variant", [GLA, Liger])
+def test_the_chunk_asked_for_reaches_the_kernel(variant):
+    q, k, v = qkv(length=16)
+    x = jnp.ones((2, 16, 6))
+    for chunk, steps in ((4, 4), (8, 2)):
+        asked = variant(chunk=chunk)
+        params = asked.init(jax.random.key(0), Sizes(heads=4, kv_heads=2, dim=8, width=6), x.dtype)
+        jaxpr = jax.make_jaxpr(partial(attend, asked, params=params, x=x))(q, k, v)
+        assert f"length={steps}" in str(jaxpr)

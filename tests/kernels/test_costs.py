@@ -1,8 +1,12 @@
 """How sizes are chosen: the cheapest candidate that fits, and what each op's model prefers."""
 
+import dataclasses
+
+import jax.numpy as jnp
 import pytest
 
 from flora_jax.kernels import costs
+from flora_jax.kernels.gated_linear_attention import chunks
 
 
 def test_the_bound_is_memory_or_arithmetic_whichever_is_longer():
@@ -27,3 +31,32 @@ def test_steps_cost_beside_the_longer_of_memory_and_arithmetic():
     assert machine.seconds(costs.Work(flops=100, bytes=20), vector=3, steps=2) == 1 + 3 + 1
     assert machine.seconds(costs.Work(flops=100, bytes=50), vector=3, steps=2) == 5 + 1
     assert (machine.pad(1), machine.pad(128), machine.pad(129)) == (128, 128, 256)
+
+
+def chunked(gate, **sizes):
+    width = {"channel": 128, "head": 1, "none": 0}[gate]
+    given = {"batch": 2, "length": 4096, "heads": 16, "group": 1, "dim": 128, "value_dim": 128}
+    return chunks.Call(**given | sizes, gate=width, dtype=jnp.dtype("bfloat16"))
+
+
+@pytest.mark.parametrize("gate", ["channel", "head"])
+def test_dear_steps_make_long_chunks_and_free_ones_short(gate):
+    """A short sequence has no chunk beyond its end, whatever a step costs."""
+    pick = lambda step, call: chunks.choose(call, dataclasses.replace(costs.TPU, step=step, side=1))
+    assert pick(1.0, chunked(gate)) == 256
+    assert pick(0.0, chunked(gate)) <= 64
+    assert pick(1.0, chunked(gate, length=100)) == 128
+    assert pick(1.0, chunked(gate, length=3)) == 4
+
+
+def test_decays_per_channel_make_chunks_no_longer():
+    """They cost log2(C) products more; tiles of 128 make 128 better than 64."""
+    found = [chunks.choose(chunked(gate), costs.TPU) for gate in ("channel", "head", "none")]
+    assert found == sorted(found) and found[0] == 128
+
+
+def test_a_chunk_fits_the_memory_or_none_does():
+    refusal = lambda chunk: "too long" if chunk > 32 else None
+    assert chunks.choose(chunked("none"), costs.TPU, refusal=refusal) == 32
+    with pytest.raises(NotImplementedError, match="no chunk for heads of 128 and 128, .*: never"):
+        chunks.choose(chunked("none"), costs.TPU, refusal=lambda chunk: "never")

@@ -36,6 +36,17 @@ def test_any_length_and_sharpness(length):
     assert_close(*both, FLOAT32)
 
 
+@pytest.mark.parametrize("gate", ["channel", "head", "none"])
+def test_the_chunk_changes_nothing_but_rounding(gate):
+    """What was asked for, shorter and longer than the model's choice, and that choice."""
+    spec = ArgSpec(length=200, heads=2, kv_heads=1, dim=8, value_dim=8, gate=gate, state=True)
+    args = spec.draw(jax.random.key(5), sharpness=4)
+    chunks = (4, 256, None)
+    found = jax.jit(lambda a: [call(a, chunk=chunk) for chunk in chunks])(args)
+    for other in found[:-1]:
+        assert_close(other, found[-1], FLOAT32)
+
+
 @pytest.mark.parametrize("gate", ["channel", "head"])
 def test_extreme_gates_stay_finite_and_exact(gate):
     """Decays of exp(-50) between decays of exp(-0.01), where a sum over the chunk would lose the

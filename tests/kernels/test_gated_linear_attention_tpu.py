@@ -10,7 +10,7 @@ from jax.experimental.pallas import tpu as pltpu
 from recurrence import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, call, check
 
 from flora_jax.kernels import aot, dispatch
-from flora_jax.kernels.gated_linear_attention import gated_linear_attention
+from flora_jax.kernels.gated_linear_attention import pallas_tpu
 from flora_jax.kernels.gated_linear_attention.arg_specs import BENCH, SMALL, ArgSpec
 
 SIMULATED = pltpu.InterpretParams(
@@ -40,10 +40,26 @@ def test_what_the_kernel_cannot_do_runs_as_xla():
             call(
                 args | {"segment_ids": jnp.zeros((1, 4), jnp.int32)}, implementation="pallas_tpu"
             )
-        with pytest.raises(NotImplementedError, match="a step needs .* MiB of VMEM"):
-            wide = ArgSpec(length=64, heads=128, kv_heads=1, dim=256, value_dim=256).shapes()
-            f = partial(gated_linear_attention, implementation="pallas_tpu")
-            jax.eval_shape(f, wide["q"], wide["k"], wide["v"])
+
+
+def test_a_chunk_fits_the_memory_of_a_step_or_is_refused():
+    """Many query heads share keys: the chosen chunk is shorter than what few would get."""
+    spec = ArgSpec(length=1024, heads=32, kv_heads=1, dim=256, value_dim=256, gate="none")
+    size = lambda chunk: pallas_tpu.step_bytes(32, chunk, 256, 256)
+    assert size(256) > pallas_tpu.VMEM > size(16)
+    with dispatch.target("tpu"), dispatch.use("pallas_tpu"):
+        run = lambda spec, chunk=None: jax.eval_shape(
+            partial(call, chunk=chunk), spec.shapes() | {"initial_state": None}
+        )
+        run(spec)
+        run(spec, chunk=16)
+        with pytest.raises(NotImplementedError, match="a step of 256 tokens needs .* MiB of VMEM"):
+            run(spec, chunk=256)
+        with pytest.raises(NotImplementedError, match="chunk 8 is under 16"):
+            run(spec, chunk=8)
+        wide = dataclasses.replace(spec, heads=128, dim=1024, value_dim=1024)
+        with pytest.raises(NotImplementedError, match="no chunk .* a step of 16 tokens needs"):
+            run(wide)
 
 
 @pytest.mark.aot
