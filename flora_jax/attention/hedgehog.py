@@ -21,10 +21,11 @@ from flora_jax.attention.linear import (
 )
 from flora_jax.attention.masks import CAUSAL, Causal, Mask
 from flora_jax.attention.types import NO_SEGMENT, Sizes
-from flora_jax.attention.window import MASKED, in_order, windowed
+from flora_jax.attention.window import MASKED, in_order
 from flora_jax.core import ops
 from flora_jax.core.errors import ConfigError, unknown
 from flora_jax.core.registry import register
+from flora_jax.kernels.window_attention import window_attention
 
 STARTS = ("identity", "zero", "normal", "kaiming")
 
@@ -185,65 +186,75 @@ class LoLCATs(Hedgehog):
     def whole(self, params, q, k, v, call):
         batch, length = q.shape[:2]
         size = min(self.window, length)
-        fill = lambda x, value: jnp.concatenate(
-            [jnp.full((batch, size, *x.shape[2:]), value, x.dtype), x], axis=1
+        near = window_attention(
+            q,
+            k,
+            v,
+            window=self.window,
+            scale=call.scale,
+            valid=call.valid,
+            segment_ids=call.segment_ids,
+        )
+        # A key joins the sums when the token that is ``window`` places later comes.
+        late = lambda x, value: jnp.pad(
+            x[:, : length - size],
+            [(0, 0), (size, 0), *[(0, 0)] * (x.ndim - 2)],
+            constant_values=value,
         )
         there = jnp.ones((batch, length), bool) if call.valid is None else call.valid.astype(bool)
         segments = call.segment_ids
-        none = init_sums(batch, q.shape[2], self._features(params), v.shape[3])
         return self._hybrid(
             params,
             q,
-            fill(k, 0),
-            fill(v, 0),
-            fill(there, False),
-            none,
-            call.scale,
-            None if segments is None else (segments, fill(segments, NO_SEGMENT)),
+            near,
+            late(k, 0),
+            late(v, 0),
+            late(there, False),
+            init_sums(batch, q.shape[2], self._features(params), v.shape[3]),
+            None if segments is None else (segments, late(segments, NO_SEGMENT)),
         )[0]
 
     def extend(self, params, q, k, v, state, call):
+        length = q.shape[1]
         ring = {name: state[name] for name in ("k", "v")}
         old_k, old_v, there = in_order(ring, call.positions[:, :1])
         new = jnp.ones(q.shape[:2], bool) if call.valid is None else call.valid.astype(bool)
         join = lambda old, x: jnp.concatenate([old.astype(x.dtype), x], axis=1)
+        all_k, all_v, there = join(old_k, k), join(old_v, v), join(there, new)
         out, older = self._hybrid(
             params,
             q,
-            join(old_k, k),
-            join(old_v, v),
-            join(there, new),
+            window_attention(
+                q, all_k, all_v, window=self.window, scale=call.scale, valid=there
+            ),
+            all_k[:, :length],
+            all_v[:, :length],
+            there[:, :length] & new,
             {name: state[name] for name in ("S", "z")},
-            call.scale,
-            new=new,
         )
         return out, cache.write_ring(ring, k, v, call.positions, call.valid) | older
 
     def _features(self, params: Any) -> int:
         return 2 * params["q_map"].shape[-1]
 
-    def _hybrid(self, params, q, k, v, there, state, scale, segments=None, new=None):
-        """``k, v, there`` of the keys before these tokens and their own; ``new`` which are some."""
-        length = q.shape[1]
+    def _hybrid(self, params, q, near, k, v, there, state, segments=None):
+        """``near`` of the window; ``k, v, there`` of the keys that join the sums at each token."""
         mine, theirs = (None, None) if segments is None else segments
-        near, near_norm, top = windowed(
-            q, k, v, self.window, there=there, q_segments=mine, k_segments=theirs, scale=scale
-        )
-        # A key joins the sums when the token that is ``window`` places later comes.
-        joins = there[:, :length] if new is None else there[:, :length] & new
-        fk = jnp.where(joins[..., None, None], self.k_features(params, k[:, :length]), 0)
+        fk = jnp.where(there[..., None, None], self.k_features(params, k), 0)
         far, far_norm, state = causal_sums(
             self.q_features(params, q),
             fk,
-            repeat_heads(v[:, :length], fk.shape[2]),
+            repeat_heads(v, fk.shape[2]),
             state,
             q_segments=mine,
-            k_segments=None if theirs is None else theirs[:, :length],
+            k_segments=theirs,
             chunk=self.chunk,
         )
+        out, lse, top = near
         on_near, on_far = self._factors(params, top)
-        norm = on_near * near_norm + on_far * far_norm
-        out = on_near[..., None] * near + on_far[..., None] * far
+        on_near = on_near * jnp.exp(lse - top)
+        norm = on_near + on_far * far_norm
+        out = on_near[..., None] * out.astype(jnp.float32) + on_far[..., None] * far
         return (out / (norm + self.eps)[..., None]).astype(q.dtype), state
 
     def _factors(self, params: Any, top: jax.Array) -> tuple[jax.Array, jax.Array]:

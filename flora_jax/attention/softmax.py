@@ -11,10 +11,11 @@ import jax.numpy as jnp
 from flora_jax.attention import cache
 from flora_jax.attention.chunked import chunked
 from flora_jax.attention.masks import CAUSAL, Mask, Sliding, visible
-from flora_jax.attention.types import ANY_MASK, NO_SEGMENT, Call, Dropout, Sizes, Variant
-from flora_jax.attention.window import BLOCK, MASKED, windowed
+from flora_jax.attention.types import ANY_MASK, Call, Dropout, Sizes, Variant
+from flora_jax.attention.window import BLOCK, MASKED
 from flora_jax.core.errors import ConfigError, unknown
 from flora_jax.core.registry import register
+from flora_jax.kernels.window_attention import window_attention
 
 IMPLEMENTATIONS = ("grouped", "jax", "chunked")
 
@@ -64,7 +65,15 @@ class Softmax(Variant):
 
     def whole(self, params, q, k, v, call):
         if self._in_blocks(q.shape[1], call):
-            return _in_window(q, k, v, call)
+            return window_attention(
+                q,
+                k,
+                v,
+                window=call.mask.window,
+                scale=call.scale,
+                valid=call.valid,
+                segment_ids=call.segment_ids,
+            )[0]
         places = jnp.arange(q.shape[1])[None]
         return self._core(q, k, v, call, places, places, call.valid, call.segment_ids)
 
@@ -132,26 +141,6 @@ class Softmax(Variant):
         if self.implementation == "jax":
             return _jax(q, k, v, mask, call.scale)
         return grouped(q, k, v, mask, scale=call.scale, dropout=call.dropout)
-
-
-def _in_window(q: jax.Array, k: jax.Array, v: jax.Array, call: Call) -> jax.Array:
-    before = [(0, 0), (call.mask.window, 0)]
-    fill = lambda x, value=0: jnp.pad(
-        x, before + [(0, 0)] * (x.ndim - 2), constant_values=value
-    )
-    valid = jnp.ones(q.shape[:2], bool) if call.valid is None else call.valid.astype(bool)
-    segments = call.segment_ids
-    out, total, _ = windowed(
-        q,
-        fill(k),
-        fill(v),
-        call.mask.window,
-        there=fill(valid, False),
-        q_segments=segments,
-        k_segments=None if segments is None else fill(segments, NO_SEGMENT),
-        scale=call.scale,
-    )
-    return (out / jnp.where(total > 0, total, 1)[..., None]).astype(q.dtype)
 
 
 def _same(window: Any, slots: int) -> bool:
