@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from flora_jax.attention.masks import Full
 from flora_jax.attention.types import Sizes, Variant
 from flora_jax.core import ops
+from flora_jax.core.leaf import is_leaf
 from flora_jax.core.registry import register
-from flora_jax.kernels.sla import SLAConfig, branches
+from flora_jax.kernels.sla import SLAConfig, branches, sla
 
 
 @register(
@@ -71,6 +72,9 @@ class SLA(Variant):
         return {"proj": {"kernel": kernel, "bias": jnp.zeros(sizes.dim, dtype)}}
 
     def whole(self, params, q, k, v, call):
+        if not any(map(is_leaf, params["proj"].values())):
+            return sla(q, k, v, params["proj"], self.config(), scale=call.scale)
+        # A leaf (adapted, quantised, observed) sees the tokens, as any other layer's kernel does.
         sparse, low = branches(q, k, v, self.config(), scale=call.scale)
         low = ops.dot(low, params["proj"]["kernel"]) + ops.value(params["proj"]["bias"], low.dtype)
         return (sparse.astype(jnp.float32) + low).astype(q.dtype)

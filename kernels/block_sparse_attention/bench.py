@@ -28,15 +28,15 @@ def attend(spec: Spec, *args: Any) -> jax.Array:
     """The op's first result."""
     args = [x.reshape(a.shape) for x, a in zip(args, spec.arguments())]
     blocks = {"block_q": spec.block_q, "block_k": spec.block_k}
-    return _flat(block_sparse_attention(*args, **blocks)[0])
+    return flat(block_sparse_attention(*args, **blocks)[0])
 
 
 def over_all(spec: Spec, *args: Any) -> jax.Array:
     """``softmax`` of flat arguments."""
-    return _flat(softmax(*(x.reshape(a.shape) for x, a in zip(args, spec.arguments()))))
+    return flat(softmax(*(x.reshape(a.shape) for x, a in zip(args, spec.arguments()))))
 
 
-def _flat(x: Any) -> Any:
+def flat(x: Any) -> Any:
     """As a layer's projection leaves it: heads side by side."""
     shape = (*x.shape[:2], x.shape[2] * x.shape[3])
     return jax.ShapeDtypeStruct(shape, x.dtype) if not hasattr(x, "reshape") else x.reshape(shape)
@@ -49,11 +49,11 @@ def cases() -> Iterable[Case]:
 
 def _case(spec: Spec) -> Case:
     *arrays, table = spec.arguments()
-    args = (*map(_flat, arrays), table)
+    args = (*map(flat, arrays), table)
 
     def draw(key: jax.Array) -> tuple[jax.Array, ...]:
         *arrays, table = spec.draw(key)
-        return *map(_flat, arrays), table
+        return *map(flat, arrays), table
 
     return Case(
         name=spec.name,

@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from flora_jax.kernels import dispatch
-from flora_jax.kernels.block_sparse_attention import block_sparse_attention
+from flora_jax.kernels.manual_axes import together
 from flora_jax.kernels.sla import linear
 from flora_jax.kernels.sla.blocks import classify
 from flora_jax.kernels.sla.config import SLAConfig
+
+
+def _pallas_tpu(*args: Any) -> Array:
+    # Pallas is slow to import and most processes never need it.
+    from flora_jax.kernels.sla.pallas_tpu import main
+
+    return main(*args)
+
+
+MAIN = dict.fromkeys(dispatch.IMPLEMENTATIONS, linear.main) | {"pallas_tpu": _pallas_tpu}
+"""Of the variant ``main``, whatever the softmax branch in it runs as: only a TPU has a kernel."""
+
+
+def _main(call: linear.Call, q: Array, k: Array, v: Array, table: Any, params: Any) -> Array:
+    arrays = together(q, k, v, table, params)
+    return dispatch.run("sla", MAIN, call, *arrays, implementation=call.implementation)
 
 
 def branches(
@@ -28,13 +45,11 @@ def branches(
 
     See ``sla``.
     """
+    call = linear.Call(cfg=cfg, scale=scale, implementation=dispatch.chosen(implementation))
     table, marginal = classify(q, k, cfg)
-    blocks = {"block_q": cfg.block_q, "block_k": cfg.block_k}
-    sparse, _ = block_sparse_attention(
-        q, k, v, table, **blocks, scale=scale, implementation=implementation
-    )
+    sparse = linear.sparse_branch(call, q, k, v, table)
     if marginal is None:
-        return sparse, linear.over_all(q, k, v, cfg)
+        return sparse, _main(call, q, k, v, None, None)
     return sparse, linear.over_marginal(q, k, v, marginal, cfg)
 
 
@@ -68,6 +83,10 @@ def sla(
     Source: SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention
     (2509.24006). Where paper and code differ, ``cfg.variant`` says which is followed.
     """
+    if cfg.variant == "main":
+        call = linear.Call(cfg=cfg, scale=scale, implementation=dispatch.chosen(implementation))
+        table, _ = classify(q, k, cfg)
+        return _main(call, q, k, v, table, {name: params[name] for name in ("kernel", "bias")})
     sparse, low = branches(q, k, v, cfg, scale=scale, implementation=implementation)
     kernel, bias = (params[name].astype(jnp.float32) for name in ("kernel", "bias"))
     low = jnp.matmul(low, kernel, precision=jax.lax.Precision.HIGHEST) + bias

@@ -6,30 +6,40 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from flora_jax.kernels.block_sparse_attention.layout import by_head
+from flora_jax.kernels import dispatch
 from flora_jax.kernels.sla.config import SLAConfig
 
 
 def block_means(x: Array, block: int) -> Array:
-    """``[B, T, N, H] -> [B, N, ceil(T / block), H]`` float32; a short block divides by its rows."""
-    tokens = x.shape[1]
-    x = by_head(x.astype(jnp.float32), block)
-    x = x.reshape(*x.shape[:2], -1, block, x.shape[3]).sum(axis=3)
-    rows = jnp.minimum(block, tokens - block * jnp.arange(x.shape[2]))
-    return x / rows[:, None]
+    """``[B, T, N, H] -> [B, ceil(T / block), N, H]`` float32; a short block divides by its rows."""
+    batch, tokens, *head = x.shape
+    # Heads side by side, as a projection leaves them: nothing is copied into another order.
+    x, behind = x.reshape(batch, tokens, -1), -tokens % block
+    if dispatch.platform() == "tpu":
+        # In one pass: of a plain sum, and of a window's by heads, the compiler writes all of x in
+        # float32 first.
+        window, pad = (1, block, 1), ((0, 0), (0, behind), (0, 0))
+        x = jax.lax.reduce_window(x.astype(jnp.float32), 0.0, jax.lax.add, window, window, pad)
+        x = jax.lax.optimization_barrier(x)
+    else:
+        x = jnp.pad(x, ((0, 0), (0, behind), (0, 0))).reshape(batch, -1, block, x.shape[2])
+        x = x.sum(axis=2, dtype=jnp.float32)
+    rows = jnp.minimum(block, tokens - block * jnp.arange(x.shape[1]))
+    return (x / rows[:, None]).reshape(batch, -1, *head)
 
 
 def scores(q: Array, k: Array, cfg: SLAConfig) -> Array:
     """Product of block means, float32 ``[B, N, N_q, N_k]``.
 
-    Keys lose their mean over tokens first: that moves all scores of a row alike, and keeps a common
-    part of the keys from drowning their differences.
+    The means of keys lose their mean over tokens first: that moves all scores of a row alike, and
+    keeps a common part of the keys from drowning their differences.
     """
-    k = k.astype(jnp.float32)
-    qm = block_means(q, cfg.block_q)
-    km = block_means(k - k.mean(axis=1, keepdims=True), cfg.block_k)
-    qm = qm.reshape(qm.shape[0], km.shape[1], -1, *qm.shape[2:])
-    s = jnp.einsum("bkrih,bkjh->bkrij", qm, km, precision=jax.lax.Precision.HIGHEST)
+    qm, km = block_means(q, cfg.block_q), block_means(k, cfg.block_k)
+    full, last = jnp.split(km, [k.shape[1] // cfg.block_k], axis=1)
+    total = cfg.block_k * full.sum(axis=1) + k.shape[1] % cfg.block_k * last.sum(axis=1)
+    km = km - total[:, None] / k.shape[1]
+    qm = qm.reshape(*qm.shape[:2], km.shape[2], -1, qm.shape[3])
+    s = jnp.einsum("bikrh,bjkh->bkrij", qm, km, precision=jax.lax.Precision.HIGHEST)
     return s.reshape(s.shape[0], -1, *s.shape[3:])
 
 

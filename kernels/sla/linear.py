@@ -1,27 +1,71 @@
-"""The linear branch: over all keys, or over each row's marginal blocks."""
+"""The linear branch in plain XLA: over all keys, or over each row's marginal blocks."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
+from flora_jax.kernels import dispatch
+from flora_jax.kernels.block_sparse_attention import block_sparse_attention
 from flora_jax.kernels.block_sparse_attention.layout import by_head, by_token, product
 from flora_jax.kernels.sla.config import SLAConfig
 
 EPSILON = 1e-5
 """Added to the denominator of ``main``, as its code does; the other variants add nothing."""
 
+Params = Mapping[str, Array]
 
-def over_all(q: Array, k: Array, v: Array, cfg: SLAConfig) -> Array:
-    """``phi(q) (phi(k)^T v) / (phi(q) sum phi(k) + eps)``, ``[B, T, N, H]`` float32."""
-    pq, pk = cfg.phi(q), cfg.phi(k)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """What is static: the variant, the scale of the softmax's scores, who implements it."""
+
+    cfg: SLAConfig
+    scale: float | None = None
+    implementation: dispatch.Choice = None
+
+
+def sparse_branch(call: Call, q: Array, k: Array, v: Array, table: Array) -> Array:
+    """Softmax over the listed blocks."""
+    cfg = call.cfg
+    return block_sparse_attention(
+        q, k, v, table, block_q=cfg.block_q, block_k=cfg.block_k, scale=call.scale,
+        implementation=call.implementation,
+    )[0]  # fmt: skip
+
+
+def into_state(state: Array, params: Params | None) -> Array:
+    """The projection applied to a state ``[..., F, H]`` instead of to tokens; None: unchanged."""
+    if params is None:
+        return state
+    kernel = params["kernel"].astype(jnp.float32)
+    return jnp.matmul(state, kernel, precision=jax.lax.Precision.HIGHEST)
+
+
+def main(
+    call: Call, q: Array, k: Array, v: Array, table: Array | None, params: Params | None
+) -> Array:
+    """The variant ``main``, both branches: ``o_s + o_l kernel + bias``, as q.
+
+    With ``table`` and ``params`` None only the linear branch, in float32:
+    ``o_l = phi(q) (phi(k)^T v) / (phi(q) sum phi(k) + eps)``.
+    """
+    phi = call.cfg.phi
+    pq, pk = phi(q), phi(k)
     pq = pq.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-    state = product("bskf,bskd->bkfd", pk, v).astype(q.dtype)
     total = pk.astype(jnp.float32).sum(axis=1)
+    state = into_state(product("bskf,bskd->bkfd", pk, v), params).astype(q.dtype)
     numerator = product("btkrf,bkfd->btkrd", pq, state)
     denominator = product("btkrf,bkf->btkr", pq.astype(jnp.float32), total) + EPSILON
-    return (numerator / denominator[..., None]).reshape(q.shape)
+    low = (numerator / denominator[..., None]).reshape(q.shape)
+    if params is None:
+        return low
+    sparse = sparse_branch(call, q, k, v, table).astype(jnp.float32)
+    return (sparse + (low + params["bias"].astype(jnp.float32))).astype(q.dtype)
 
 
 def over_marginal(q: Array, k: Array, v: Array, marginal: Array, cfg: SLAConfig) -> Array:

@@ -1,10 +1,13 @@
 """SLA as a variant: its parameters, what it is not defined for, the kernel behind it."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import flora_jax as flora
 from flora_jax.attention import SLA, Causal, Full, Sizes, from_json
 from flora_jax.core.errors import ConfigError
 from flora_jax.kernels.sla import sla
@@ -32,6 +35,20 @@ def test_is_the_kernel():
     assert state is None
     expected = sla(*qkv(), params["proj"], VARIANT.config(), scale=0.2)
     np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+def test_an_adapted_projection_is_its_sum():
+    """Not folded into the state as a plain one is: an adapter sees the tokens."""
+    variant = dataclasses.replace(VARIANT, variant="main")
+    draw = lambda tree: jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape), tree)
+    params = draw(variant.init(jax.random.key(0), SIZES, jnp.float32))
+    plan = flora.plan(params, {"proj/kernel": flora.LoRA(rank=2)})
+    bound = flora.bind(params, draw(flora.init(plan, jax.random.key(0), params)), plan)
+    got, expected = (
+        variant.attend(params, *qkv(), mask=Full())[0]
+        for params in (bound, flora.materialize(bound))
+    )
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_is_not_defined_for_causal_masks_and_text():

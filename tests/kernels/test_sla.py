@@ -27,6 +27,11 @@ def config(variant, **changes):
     return dataclasses.replace(CFG, variant=variant, **changes)
 
 
+def only_all(q, k, v, cfg):
+    """The linear branch over all keys."""
+    return linear.main(linear.Call(cfg=cfg), q, k, v, None, None)
+
+
 def ratio(x, y):
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     assert np.isfinite(x).all()
@@ -107,7 +112,7 @@ def test_main_is_an_all_marginal_map():
     q, k, v, _ = problem()
     table, marginal = classify(q, k, config("sla1"))
     got = linear.over_marginal(q, k, v, jnp.ones_like(marginal), CFG)
-    np.testing.assert_allclose(linear.over_all(q, k, v, CFG), got, atol=1e-4)
+    np.testing.assert_allclose(only_all(q, k, v, CFG), got, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", ["paper", "sla1"])
@@ -145,7 +150,7 @@ def test_sparse_and_linear_beats_sparse_beats_linear(variant):
     sparse, low = (np.asarray(x)[0, :, 0] for x in branches(q, k, v, cfg))
     inputs = np.concatenate([low, np.ones((low.shape[0], 1))], axis=1)
     both = sparse + inputs @ np.linalg.lstsq(inputs, np.asarray(full) - sparse, rcond=None)[0]
-    only_linear = np.asarray(linear.over_all(q, k, v, cfg))[0, :, 0]
+    only_linear = np.asarray(only_all(q, k, v, cfg))[0, :, 0]
     both, sparse, low = (np.linalg.norm(x - full) for x in (both, sparse, only_linear))
     assert both < sparse < low
 
