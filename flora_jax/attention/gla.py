@@ -13,7 +13,7 @@ from flora_jax.attention.types import Call, Sizes, Variant
 from flora_jax.core import ops
 from flora_jax.core.errors import ConfigError
 from flora_jax.core.registry import register
-from flora_jax.kernels.gated_linear_attention import gated_linear_attention
+from flora_jax.kernels.gated_linear_attention import Features, gated_linear_attention
 
 State = dict[str, jax.Array]
 
@@ -27,12 +27,14 @@ def recur(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    log_decay: jax.Array,
+    log_decay: jax.Array | None,
     state: State | None,
     call: Call,
     *,
     scale: float,
     chunk: int | None,
+    features: Features | None = None,
+    gone: float = 0.0,
 ) -> tuple[jax.Array, State]:
     """``S_t = diag(e^(l_t)) S_(t-1) + k_t^T v_t``, ``o_t = scale q_t S_t`` under a call's padding
     and segments.
@@ -41,12 +43,18 @@ def recur(
     tokens of segment -1 at the start of its row (a trained prompt's), which is zero without any.
 
     Args:
-      q: ``[B, T, N, H]``; k, v, log_decay: ``[B, T, K, H]``, float32.
+      q: ``[B, T, N, H]``; k, v, log_decay: ``[B, T, K, H]``.
       state: ``{"S": [B, K, H, H]}``, or None for zero.
+      features: of the op, instead of log_decay.
+      gone: the value of a key's channels whose features do not decay the state.
     """
     if call.valid is not None:
         there = call.valid.astype(bool)[..., None, None]
-        k, v, log_decay = (jnp.where(there, x, 0) for x in (k, v, log_decay))
+        k, v = jnp.where(there, k, jnp.asarray(gone, k.dtype)), jnp.where(there, v, 0)
+        log_decay = None if log_decay is None else jnp.where(there, log_decay, 0)
+    if features is not None and call.segment_ids is not None:
+        q, k, log_decay = features(q.astype(jnp.float32), k.astype(jnp.float32))
+        v, features = v.astype(jnp.float32), None
     out, last = gated_linear_attention(
         q,
         k,
@@ -56,6 +64,7 @@ def recur(
         scale=scale,
         segment_ids=call.segment_ids,
         chunk=chunk,
+        features=features,
     )
     if call.segment_ids is not None:
         shared = jnp.cumprod(call.segment_ids == -1, axis=1).astype(bool)

@@ -17,6 +17,8 @@ from flora_jax.core.errors import ConfigError, unknown
 from flora_jax.core.registry import register
 
 FORMS = ("gla", "hgrn2")
+NO_DECAY = 1e4
+"""Of a key's channel: ``logsigmoid`` is 0."""
 
 
 @register(
@@ -113,16 +115,18 @@ class Liger(Variant):
                 part, new = Softmax().extend({}, q, k, v, ring, near)
             out = out + self.weights[0] * part.astype(jnp.float32)
         if self.weights[1]:
-            features = self.features(call.inputs.q, call.inputs.k)
             far, matrix = recur(
-                features[0],
-                features[1],
-                v.astype(jnp.float32),
-                features[2],
+                call.inputs.q,
+                call.inputs.k,
+                v,
+                None,
                 state,
                 call,
                 scale=1.0,
                 chunk=self.chunk,
+                features=self.features,
+                gone=NO_DECAY,
             )
-            out, new = out + self.weights[1] * far, {**new, **matrix}
+            out = out + self.weights[1] * far.astype(jnp.float32)
+            new = {**new, **matrix}
         return out.astype(q.dtype), new

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ from flora_jax.kernels import dispatch
 from flora_jax.kernels.gated_linear_attention.reference import reference
 from flora_jax.kernels.gated_linear_attention.xla import xla
 from flora_jax.kernels.manual_axes import together
+
+Features = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]]
 
 
 def _pallas_tpu(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
@@ -27,11 +30,26 @@ def _mosaic_gpu(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
     return mosaic_gpu(*args, **kwargs)
 
 
+def _apart(run: Callable[..., Any], exact: bool) -> Callable[..., Any]:
+    """``run`` after the features, which it does not compute itself: in float32, or as q is."""
+
+    def call(q: jax.Array, k: jax.Array, v: jax.Array, g: Any, *args: Any, **kwargs: Any) -> Any:
+        features = kwargs.pop("features")
+        if features is None:
+            return run(q, k, v, g, *args, **kwargs)
+        *qk, g = features(q.astype(jnp.float32), k.astype(jnp.float32))
+        qkv = (x.astype(jnp.float32 if exact else q.dtype) for x in (*qk, v))
+        out, last = run(*qkv, g, *args, **kwargs)
+        return out.astype(q.dtype), last
+
+    return call
+
+
 TABLE = {
-    "mosaic_gpu": _mosaic_gpu,
+    "mosaic_gpu": _apart(_mosaic_gpu, exact=False),
     "pallas_tpu": _pallas_tpu,
-    "xla": xla,
-    "reference": reference,
+    "xla": _apart(xla, exact=True),
+    "reference": _apart(reference, exact=True),
 }
 
 
@@ -45,6 +63,7 @@ def gated_linear_attention(
     scale: float | None = None,
     segment_ids: jax.Array | None = None,
     chunk: int | None = None,
+    features: Features | None = None,
     implementation: dispatch.Choice = None,
 ) -> tuple[jax.Array, jax.Array]:
     """``S_t = diag(exp(l_t)) S_(t-1) + k_t^T v_t``, ``o_t = scale q_t S_t``: causal attention
@@ -65,6 +84,10 @@ def gated_linear_attention(
       segment_ids: ``[B, T]`` of packed sequences: the state starts from zero where the number
         changes. The first segment continues the initial state.
       chunk: tokens a chunk, a power of two; by default the implementation's own choice.
+      features: ``q, k -> q', k', l``, computed in float32 and a number of l for each of k, where q
+        and k are what a layer has: the TPU kernel makes them where it reads a chunk, and they are
+        never written. A pure function of the last axis of arrays of any shape, hashable; instead
+        of ``log_decay``.
       implementation: see :mod:`flora_jax.kernels.dispatch`.
 
     Returns:
@@ -72,7 +95,8 @@ def gated_linear_attention(
       differentiated, by all float arguments.
 
     Raises:
-      ConfigError: shapes that do not fit, or a chunk that is no power of two.
+      ConfigError: shapes that do not fit, both features and log_decay, or a chunk that is no power
+        of two.
       NotImplementedError: the implementation asked for cannot run this.
 
     >>> x = jnp.ones((1, 5, 4, 8))
@@ -81,6 +105,8 @@ def gated_linear_attention(
     ((1, 5, 4, 8), (1, 2, 8, 8))
     """
     batch, _, _, dim = _check(q, k, v, log_decay, initial_state, segment_ids, chunk)
+    if features is not None and log_decay is not None:
+        raise ConfigError("gated_linear_attention: features make the log_decay")
     if log_decay is not None and log_decay.ndim == 3:
         log_decay = log_decay[..., None]
     if initial_state is None:
@@ -96,6 +122,7 @@ def gated_linear_attention(
         *arrays,
         scale=dim**-0.5 if scale is None else float(scale),
         chunk=chunk,
+        features=features,
         implementation=implementation,
     )
 

@@ -17,6 +17,7 @@ from flora_jax.kernels.gated_linear_attention import tiles
 from flora_jax.kernels.gated_linear_attention.chunks import Call, call_of, choose
 from flora_jax.kernels.heads import Heads
 
+Features = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]] | None
 VMEM = 96 * 2**20
 """Bytes of VMEM that one kernel may ask for."""
 
@@ -31,8 +32,10 @@ def pallas_tpu(
     *,
     scale: float,
     chunk: int | None = None,
+    features: Features = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Arguments and results as of :func:`flora_jax.kernels.gated_linear_attention.xla.xla`.
+    """Arguments and results as of :func:`flora_jax.kernels.gated_linear_attention.xla.xla`; with
+    features (see the op) q and k come before them and g is None.
 
     Raises:
       NotImplementedError: segments, a single token, a chunk under 16, dtypes other than float32
@@ -44,12 +47,12 @@ def pallas_tpu(
         raise NotImplementedError("a single token")
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"dtype {q.dtype}")
-    call = call_of(q, k, v, g)
+    call = call_of(q, k, v, k if features else g)
     if chunk is None:
         chunk = choose(call, costs.TPU, refusal=partial(_refusal, call), least=16)
     elif (reason := _refusal(call, chunk)) is not None:
         raise NotImplementedError(reason)
-    how = _How(scale=scale, chunk=chunk)
+    how = _How(scale=scale, chunk=chunk, features=features)
     return _attend(how, q, k, v, g, state)
 
 
@@ -75,6 +78,7 @@ def step_bytes(group: int, chunk: int, dim: int, value_dim: int) -> int:
 class _How:
     scale: float
     chunk: int
+    features: Features = None
 
 
 def _dot(dtype: Any) -> tiles.Dot:
@@ -125,6 +129,7 @@ class _Sizes:
     dim: int
     value_dim: int
     gate: int
+    given: bool
 
     def _of(self, width: int, repeats: int = 1, numbers: bool = False) -> Heads:
         return Heads(
@@ -188,13 +193,27 @@ def _sizes(how: _How, q: jax.Array, k: jax.Array, v: jax.Array, g: Any) -> _Size
         chunk=how.chunk,
         dim=dim,
         value_dim=v.shape[3],
-        gate=0 if g is None else g.shape[3],
+        gate=dim if how.features else 0 if g is None else g.shape[3],
+        given=g is not None,
     )
+
+
+def _prepared(
+    how: _How, s: _Sizes, c: Any, q: jax.Array, k: jax.Array, g: jax.Array | None
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+    """Scaled queries, keys and log-decays of a chunk."""
+    if how.features is not None:
+        q, k, g = how.features(q, k)
+        if s.length % s.chunk:
+            # The features of what lies behind the end are not zero.
+            token = c * s.chunk + jax.lax.broadcasted_iota(jnp.int32, (s.chunk, 1), 0)
+            k, g = (jnp.where(token < s.length, x, 0.0) for x in (k, g))
+    return q * how.scale, k, g
 
 
 def _forward_body(how, s, dot, *refs):
     q_ref, k_ref, v_ref, *refs = refs
-    g_ref = refs.pop(0) if s.gated else None
+    g_ref = refs.pop(0) if s.given else None
     first_ref, out_ref, last_ref, state = refs
 
     @pl.when(pl.program_id(2) == 0)
@@ -202,9 +221,10 @@ def _forward_body(how, s, dot, *refs):
         state[...] = first_ref[0, 0]
 
     c = pl.program_id(2)
-    g = s.gates.read(g_ref, c)[0] if s.gated else None
+    g = s.gates.read(g_ref, c)[0] if s.given else None
     k, v = s.keys.read(k_ref, c)[0], s.values.read(v_ref, c)[0]
-    out, new = tiles.forward(s.queries.read(q_ref, c) * how.scale, k, v, g, state[...], dot=dot)
+    q, k, g = _prepared(how, s, c, s.queries.read(q_ref, c), k, g)
+    out, new = tiles.forward(q, k, v, g, state[...], dot=dot)
     s.outputs.write(out_ref, out)
     state[...] = new
     last_ref[0, 0] = new
@@ -243,9 +263,9 @@ def _attend_forward(how, q, k, v, g, state):
     return _attend(how, q, k, v, g, state), (q, k, v, g, state)
 
 
-def _states_body(s, dot, *refs):
+def _states_body(how, s, dot, *refs):
     k_ref, v_ref, *refs = refs
-    g_ref = refs.pop(0) if s.gated else None
+    g_ref = refs.pop(0) if s.given else None
     first_ref, before_ref, last_ref, state = refs
 
     @pl.when(pl.program_id(2) == 0)
@@ -254,18 +274,19 @@ def _states_body(s, dot, *refs):
 
     before_ref[0, 0, 0] = state[...]
     c = pl.program_id(2)
-    g = s.gates.read(g_ref, c)[0] if s.gated else None
+    g = s.gates.read(g_ref, c)[0] if s.given else None
     k, v = s.keys.read(k_ref, c)[0], s.values.read(v_ref, c)[0]
+    _, k, g = _prepared(how, s, c, k[None], k, g)
     new = tiles.update(state[...], k, v, tiles.decays(g, None, s.chunk), dot)
     state[...] = new
     last_ref[0, 0] = new
 
 
-def _states(s, dot, k, v, g, state):
+def _states(how, s, dot, k, v, g, state):
     """The states before every chunk ``[B, H, n, V, K]``, and the last."""
     one = (s.value_dim, s.dim)
     return _call(
-        partial(_states_body, s, dot),
+        partial(_states_body, how, s, dot),
         s.grid,
         [*_inputs(s, lambda *step: step, k, v, g), (state, _head(*one))],
         [
@@ -283,13 +304,13 @@ def _states(s, dot, k, v, g, state):
 
 def _backward_body(how, s, dot, *refs):
     q_ref, k_ref, v_ref, *refs = refs
-    g_ref = refs.pop(0) if s.gated else None
+    g_ref = refs.pop(0) if s.given else None
     before_ref, last_ref, do_ref, d_last_ref, dq_ref, dk_ref, dv_ref, *refs = refs
-    dg_ref = refs.pop(0) if s.gated else None
+    dg_ref = refs.pop(0) if s.given else None
     d_first_ref, d_state, *refs = refs
     later_ref = refs.pop(0) if s.gated else None
     c = s.count - 1 - pl.program_id(2)
-    g = s.gates.read(g_ref, c)[0] if s.gated else None
+    g = s.gates.read(g_ref, c)[0] if s.given else None
 
     @pl.when(pl.program_id(2) == 0)
     def _():
@@ -300,9 +321,11 @@ def _backward_body(how, s, dot, *refs):
                 product = jnp.sum(product, axis=1, keepdims=True)
             later_ref[...] = product
 
+    q, k = s.queries.read(q_ref, c), s.keys.read(k_ref, c)[0]
+    (q, k, g), pull = jax.vjp(partial(_prepared, how, s, c), q, k, g)
     dq, dk, dv, dg, before, later = tiles.backward(
-        s.queries.read(q_ref, c) * how.scale,
-        s.keys.read(k_ref, c)[0],
+        q,
+        k,
         s.values.read(v_ref, c)[0],
         g,
         before_ref[0, 0, 0],
@@ -311,14 +334,16 @@ def _backward_body(how, s, dot, *refs):
         later_ref[...] if s.gated else None,
         dot=dot,
     )
-    s.queries.write(dq_ref, dq * how.scale)
+    dq, dk, dg = pull((dq, dk, dg))
+    s.queries.write(dq_ref, dq)
     s.keys.write(dk_ref, dk[None])
     s.values.write(dv_ref, dv[None])
     d_state[...] = before
     d_first_ref[0, 0] = before
     if s.gated:
-        s.gates.write(dg_ref, dg[None])
         later_ref[...] = later
+    if s.given:
+        s.gates.write(dg_ref, dg[None])
 
 
 def _attend_backward(how, saved, cotangents):
@@ -326,13 +351,14 @@ def _attend_backward(how, saved, cotangents):
     d_out, d_last = cotangents
     s, dot = _sizes(how, q, k, v, g), _dot(q.dtype)
     back = lambda b, h, c: (b, h, s.count - 1 - c)
-    before, last = _states(s, dot, k, v, g, state.swapaxes(2, 3))
+    before, last = _states(how, s, dot, k, v, g, state.swapaxes(2, 3))
     one = (s.value_dim, s.dim)
     chunk_state = pl.BlockSpec((1, 1, 1, *one), lambda *step: (*back(*step), 0, 0))
     scratch = [pltpu.VMEM(one, jnp.float32)]
     grads = [(q, s.queries), (k, s.keys), (v, s.values)]
-    if g is not None:
+    if s.gated:
         scratch.append(pltpu.VMEM((1, s.gate), jnp.float32))
+    if s.given:
         grads.append((g, s.gates))
     *found, d_first = _call(
         partial(_backward_body, how, s, dot),
@@ -353,7 +379,7 @@ def _attend_backward(how, saved, cotangents):
         3 * s.flops,
     )
     found = [heads.join(x) for x, (_, heads) in zip(found, grads)]
-    dq, dk, dv, dg = found if s.gated else (*found, None)
+    dq, dk, dv, dg = found if s.given else (*found, None)
     return dq, dk, dv, dg, d_first.swapaxes(2, 3)
 
 

@@ -52,13 +52,19 @@ def weights_of(args):
     return [jax.random.normal(jax.random.key(i), x.shape) for i, x in enumerate(out)]
 
 
-def check(args, limit=FLOAT32, gradient_limit=None, **options):
+def features(q, k):
+    """Queries, keys and gates of a layer's queries and keys, none of them zero for zeros."""
+    return jax.nn.softmax(q), jax.nn.softmax(k), jax.nn.log_sigmoid(k) / 4
+
+
+def check(args, limit=FLOAT32, gradient_limit=None, features=None, **options):
     weights = weights_of(args)
     # The reference computes from the same numbers in float32.
     is_float = lambda x: jnp.issubdtype(x.dtype, jnp.floating)
     exact = jax.tree.map(lambda x: x.astype(jnp.float32) if is_float(x) else x, args)
-    ours, ours_grads = with_gradients(args, weights, **options)
-    theirs, their_grads = with_gradients(exact, weights, implementation="reference")
+    ours, ours_grads = with_gradients(args, weights, features=features, **options)
+    wanted = {"features": features, "implementation": "reference"}
+    theirs, their_grads = with_gradients(exact, weights, **wanted)
     cast = lambda tree, like: jax.tree.map(lambda x, y: x.astype(y.dtype), tree, like)
     assert_close(ours, cast(theirs, ours), limit, "output")
     theirs = cast(their_grads, ours_grads)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from recurrence import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, assert_close, call, check
+from recurrence import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, assert_close, call, check, features
 
 from flora_jax.core.errors import ConfigError
 from flora_jax.kernels.gated_linear_attention import gated_linear_attention, tiles
@@ -56,6 +56,23 @@ def test_extreme_gates_stay_finite_and_exact(gate):
     hard = jax.random.bernoulli(jax.random.key(1), 0.3, args["log_decay"].shape)
     args["log_decay"] = jnp.where(hard.at[1].set(True), -50.0, -0.01)
     check(args, chunk=32)
+
+
+def test_features_are_those_computed_apart():
+    """Where no kernel makes them: the same function before the op, its gradients too."""
+    args = SMALL["grouped"].draw(jax.random.key(4))
+    q, k, v, state = (args[name] for name in ("q", "k", "v", "initial_state"))
+
+    def apart(q, k, v):
+        q, k, decay = features(q, k)
+        return gated_linear_attention(q, k, v, decay, initial_state=state)
+
+    inside = lambda *a: gated_linear_attention(*a, features=features, initial_state=state)
+    loss = lambda f: lambda *a: sum(jnp.sum(jnp.sin(x)) for x in f(*a))
+    grads = [jax.jit(jax.grad(loss(f), (0, 1, 2)))(q, k, v) for f in (inside, apart)]
+    assert_close(*grads, FLOAT32)
+    with pytest.raises(ConfigError, match="features make the log_decay"):
+        gated_linear_attention(q, k, v, k, features=features)
 
 
 def test_no_gate_is_unnormalised_linear_attention():

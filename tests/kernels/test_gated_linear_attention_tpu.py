@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import tpu as pltpu
-from recurrence import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, call, check
+from recurrence import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, call, check, features
 
 from flora_jax.kernels import aot, dispatch
 from flora_jax.kernels.gated_linear_attention import pallas_tpu
@@ -30,6 +30,18 @@ def test_simulated_tpu_equals_the_recurrence(name):
         limits = BFLOAT16, BFLOAT16_GRADIENT
     with dispatch.interpret(SIMULATED):
         check(spec.draw(jax.random.key(1)), *limits, chunk=16, implementation="pallas_tpu")
+
+
+@pytest.mark.parametrize("name", ["grouped", "bfloat16", "heads of whole lanes"])
+def test_features_made_in_the_kernel(name):
+    """Neither they nor their gradients are written; the last chunk is short."""
+    spec = dataclasses.replace(SMALL.get(name, WIDE), length=37, batch=1)
+    limits = (FLOAT32, FLOAT32)
+    if spec.dtype == "bfloat16":
+        limits = BFLOAT16, BFLOAT16_GRADIENT
+    args = spec.draw(jax.random.key(1)) | {"log_decay": None}
+    with dispatch.interpret(SIMULATED):
+        check(args, *limits, features=features, chunk=16, implementation="pallas_tpu")
 
 
 def test_what_the_kernel_cannot_do_runs_as_xla():
@@ -64,17 +76,21 @@ def test_a_chunk_fits_the_memory_of_a_step_or_is_refused():
 
 @pytest.mark.aot
 @pytest.mark.parametrize("aot_target", ["tpu_v5e", "tpu_v6e"], indirect=True)
-@pytest.mark.parametrize("gate", ["channel", "head", "none"])
+@pytest.mark.parametrize("gate", ["channel", "head", "none", "features"])
 def test_forward_and_backward_compile_for_tpu(aot_target, gate):
-    """A decay per channel at a benchmark shape in bfloat16; in float32 one per head with SmolLM2's
-    grouped heads, none with grouped heads of whole lanes."""
+    """A decay per channel, given or made of the keys, at a benchmark shape in bfloat16; in float32
+    one per head with SmolLM2's grouped heads, none with grouped heads of whole lanes."""
     spec = BENCH["channel B=2 L=2048 N=16 D=128 bf16"]
     if gate == "head":
         spec = ArgSpec(length=200, heads=9, kv_heads=3, dim=64, value_dim=64, gate=gate, state=True)
     elif gate == "none":
         spec = dataclasses.replace(WIDE, length=200, gate=gate)
     args = {name: x for name, x in spec.shapes().items() if x is not None}
-    run = lambda args: call({"log_decay": None} | args, implementation="pallas_tpu")
+    how = {"implementation": "pallas_tpu"}
+    if gate == "features":
+        del args["log_decay"]
+        how["features"] = features
+    run = lambda args: call({"log_decay": None} | args, **how)
     loss = lambda args: sum(jnp.sum(x.astype(jnp.float32)) for x in run(args))
     kernels = lambda f: aot.compile(f, args, target=aot_target).kernels.count("tpu_custom_call")
     assert (kernels(run), kernels(jax.grad(loss))) == (1, 2)
