@@ -3,3 +3,4 @@
 from flora_jax.kernels.block_sparse_attention.api import (
     block_sparse_attention as block_sparse_attention,
 )
+from flora_jax.kernels.block_sparse_attention.layout import Steps as Steps

@@ -12,7 +12,7 @@ from jax import Array
 
 from flora_jax.kernels import dispatch
 from flora_jax.kernels.block_sparse_attention import mosaic_gpu, pallas_tpu, reference, xla
-from flora_jax.kernels.block_sparse_attention.layout import Shape, shape_of
+from flora_jax.kernels.block_sparse_attention.layout import Shape, Steps, shape_of
 from flora_jax.kernels.manual_axes import together
 
 FORWARD = {
@@ -38,6 +38,7 @@ def block_sparse_attention(
     block_q: int = 128,
     block_k: int = 128,
     scale: float | None = None,
+    steps: Steps | None = None,
     implementation: dispatch.Choice = None,
 ) -> tuple[Array, Array]:
     """Softmax attention of each block of queries over the key blocks that a table lists.
@@ -54,6 +55,7 @@ def block_sparse_attention(
       block_q: queries per block.
       block_k: keys per block.
       scale: default ``H ** -0.5``.
+      steps: blocks that a step of a kernel takes; default by its cost model.
       implementation: see ``kernels.dispatch``.
 
     Returns:
@@ -63,7 +65,7 @@ def block_sparse_attention(
       ConfigError: shapes or dtypes do not fit.
       NotImplementedError: the implementation asked for cannot run here; says why.
     """
-    shape = shape_of(q, k, v, table, block_q, block_k, scale)
+    shape = shape_of(q, k, v, table, block_q, block_k, scale, steps)
     return _attend(shape, dispatch.chosen(implementation), *together(q, k, v, table))
 
 

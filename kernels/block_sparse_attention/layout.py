@@ -13,6 +13,28 @@ from flora_jax.kernels import dispatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Steps:
+    """Blocks that a step takes; None: by the cost model.
+
+    Args:
+      keys: listed key blocks, in the TPU kernels of the output and of the queries' gradient.
+      queries: query blocks, in the TPU kernel of the keys' gradient; in the XLA form at most so
+        many, a divisor of their number.
+
+    Raises:
+      ConfigError: less than 1.
+    """
+
+    keys: int | None = None
+    queries: int | None = None
+
+    def __post_init__(self):
+        for name, blocks in dataclasses.asdict(self).items():
+            if blocks is not None and blocks < 1:
+                raise ConfigError(f"Steps({name}={blocks}): at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
     """Static sizes of one call, named as in ``block_sparse_attention``."""
 
@@ -26,6 +48,7 @@ class Shape:
     block_k: int
     entries: int
     scale: float
+    steps: Steps = Steps()
 
     @property
     def repeats(self) -> int:
@@ -44,7 +67,14 @@ class Shape:
 
 
 def shape_of(
-    q: Array, k: Array, v: Array, table: Array, block_q: int, block_k: int, scale: float | None
+    q: Array,
+    k: Array,
+    v: Array,
+    table: Array,
+    block_q: int,
+    block_k: int,
+    scale: float | None,
+    steps: Steps | None = None,
 ) -> Shape:
     """The sizes of a call.
 
@@ -74,6 +104,7 @@ def shape_of(
         block_k=block_k,
         entries=table.shape[-1],
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        steps=steps or Steps(),
     )
     expected = (shape.batch, shape.heads, shape.query_blocks)
     if table.ndim != 4 or table.shape[:3] != expected or table.shape[3] < 1:

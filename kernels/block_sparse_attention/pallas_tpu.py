@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from flora_jax.kernels import dispatch
-from flora_jax.kernels.block_sparse_attention import bodies_tpu, tile
+from flora_jax.kernels.block_sparse_attention import bodies_tpu, sizes, tile
 from flora_jax.kernels.block_sparse_attention.layout import (
     Shape,
     fold_queries,
@@ -30,27 +30,8 @@ from flora_jax.kernels.block_sparse_attention.layout import (
 from flora_jax.kernels.manual_axes import like
 
 Arrays = Sequence[Array]
-STEP = 512
-"""Keys (or, for keys' gradients, queries) that a grid step works on, about."""
 SMEM = 256 << 10
 """Bytes of prefetched scalars per call; more heads than that are several calls."""
-VMEM = 14 << 20
-"""Bytes of blocks and tiles per grid step, by ``_memory``; the compiler's own limit is 16 MiB."""
-
-
-def _group(count: int, block: int) -> int:
-    """Blocks per grid step."""
-    return max(1, min(count, STEP // block))
-
-
-def _memory(shape: Shape, itemsize: int) -> int:
-    """Bytes of VMEM that the largest of the kernels needs, inputs and outputs held twice."""
-    lanes = -(-shape.width // 128) * 128
-    u = max(_group(shape.entries, shape.block_k) * shape.block_k, shape.block_k)
-    w = max(_group(shape.query_blocks, shape.block_q) * shape.block_q, shape.block_q)
-    inputs = 2 * 2 * itemsize * lanes * (max(u, w) + 2 * max(shape.block_q, shape.block_k))
-    sums = 2 * 4 * lanes * max(shape.block_q, shape.block_k)
-    return inputs + sums + 4 * 4 * max(u * shape.block_q, w * shape.block_k)
 
 
 def supported(shape: Shape, dtype: Any) -> None:
@@ -62,11 +43,9 @@ def supported(shape: Shape, dtype: Any) -> None:
         raise NotImplementedError(
             f"blocks {shape.block_q} x {shape.block_k}: multiples of 128 x {rows} in {dtype}"
         )
-    need = _memory(shape, jnp.dtype(dtype).itemsize)
-    if need > VMEM:
-        raise NotImplementedError(
-            f"blocks {shape.block_q} x {shape.block_k} need {need >> 20} MiB of {VMEM >> 20}"
-        )
+    for kernel in (sizes.forward(shape), sizes.dq(shape)):
+        sizes.keys(shape, kernel, dtype)
+    sizes.queries(shape, dtype)
 
 
 def _over_heads(
@@ -186,7 +165,7 @@ def _pallas(
 def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[Array, Array]:
     """``(o [B, T, N, H], lse [B, T, N] float32)``."""
     supported(shape, q.dtype)
-    u = _group(shape.entries, shape.block_k)
+    u = sizes.keys(shape, sizes.forward(shape), q.dtype)
     table = _padded(fold_table(shape, table), u)
     blocks, steps = table.shape[1], table.shape[2] // u
     query, row, key = _by_query(shape, u, steps)
@@ -246,7 +225,7 @@ def backward(
 
 def _dq(shape: Shape, table: Array, per_query: Arrays, k: Array, v: Array) -> Any:
     """The queries' gradient, and what each row subtracts from dP, ``rowsum(o do) - dlse``."""
-    u = _group(shape.entries, shape.block_k)
+    u = sizes.keys(shape, sizes.dq(shape), k.dtype)
     table = _padded(table, u)
     blocks, steps = table.shape[1], table.shape[2] // u
     query, row, key = _by_query(shape, u, steps)
@@ -275,7 +254,7 @@ def _dq(shape: Shape, table: Array, per_query: Arrays, k: Array, v: Array) -> An
 
 def _dkv(shape: Shape, table: Array, per_query: Arrays, k: Array, v: Array) -> Any:
     blocks = table.shape[1]
-    u = _group(blocks, shape.block_q)
+    u = sizes.queries(shape, k.dtype)
     cut = functools.partial(segments, key_blocks=shape.key_blocks, length=u)
     column, pairs, count = jax.vmap(cut)(table.reshape(table.shape[0], -1))
     size = column.shape[1]
