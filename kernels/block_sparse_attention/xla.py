@@ -20,13 +20,14 @@ from flora_jax.kernels.block_sparse_attention.layout import (
 )
 
 TILE = 1 << 22
-"""Elements of gathered keys at a time (at least one query block of all heads)."""
+"""Elements of gathered keys at a time (at least one query block of all heads). Of the
+candidates the largest makes the fewest steps, and all else that changes is the memory."""
 
 
 def _group(shape: Shape) -> int:
     """Query blocks per step: a divisor of their number, so that no step is half empty."""
     each = shape.batch * shape.heads * shape.entries * shape.block_k * shape.width
-    limit = max(1, TILE // each)
+    limit = shape.steps.queries or max(1, TILE // each)
     sizes = range(1, min(limit, shape.query_blocks) + 1)
     return max(size for size in sizes if shape.query_blocks % size == 0)
 

@@ -25,7 +25,10 @@ def problem(
     return *(jnp.asarray(x, dtype) for x in (q, k, v)), jnp.asarray(table, jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnums=4, static_argnames=("block_q", "block_k", "scale"))
+STATIC = ("block_q", "block_k", "scale", "steps")
+
+
+@functools.partial(jax.jit, static_argnums=4, static_argnames=STATIC)
 def run(q, k, v, table, implementation="xla", **kwargs):
     kwargs = BLOCKS | kwargs
     return block_sparse_attention(q, k, v, table, **kwargs, implementation=implementation)

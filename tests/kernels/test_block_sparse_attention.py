@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -12,7 +13,7 @@ import pytest
 from block_sparse import agree, problem, results, run
 
 from flora_jax.core.errors import ConfigError
-from flora_jax.kernels.block_sparse_attention import xla
+from flora_jax.kernels.block_sparse_attention import Steps, xla
 from flora_jax.kernels.block_sparse_attention.layout import segments
 
 CASES = {
@@ -33,13 +34,16 @@ def test_bfloat16():
     agree(arguments, outputs=5e-3, grads=8e-3)
 
 
-def test_steps_of_the_map_change_nothing(monkeypatch):
-    """Several query blocks per step and one: the same numbers."""
+def test_steps_of_the_map_change_nothing():
+    """All query blocks in a step, which is the choice at this size, and one at a time."""
     arguments = problem(queries=64, entries=2)
-    whole = results(arguments, "xla")
-    monkeypatch.setattr(xla, "TILE", 1)
+    found = []
+    for steps, length in ((None, 1), (Steps(queries=1), 4), (Steps(queries=3), 2)):
+        assert f"length={length}" in str(jax.make_jaxpr(partial(run, steps=steps))(*arguments))
+        found.append(results(arguments, "xla", steps=steps))
     close = lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, results(arguments, "xla"), whole)
+    for other in found[1:]:
+        jax.tree.map(close, other, found[0])
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])

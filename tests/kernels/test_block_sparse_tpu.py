@@ -1,6 +1,7 @@
 """The TPU kernels: in the simulator, with races looked for and memory full of NaN, and compiled."""
 
 import functools
+import re
 
 import block_sparse as common
 import jax
@@ -10,7 +11,12 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from flora_jax.kernels import aot, dispatch
-from flora_jax.kernels.block_sparse_attention import arg_specs, block_sparse_attention, pallas_tpu
+from flora_jax.kernels.block_sparse_attention import (
+    Steps,
+    arg_specs,
+    block_sparse_attention,
+    pallas_tpu,
+)
 from flora_jax.kernels.block_sparse_attention.layout import shape_of
 
 BLOCKS = {"block_q": 128, "block_k": 16}
@@ -41,10 +47,10 @@ agree = functools.partial(common.agree, implementation="pallas_tpu", **BLOCKS)
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_float32_with_tails_and_steps_of_several_blocks(monkeypatch, width):
+def test_float32_with_tails_and_steps_of_several_blocks(width):
     """Three entries in steps of two: the last step is padded. Two query heads per key head."""
-    monkeypatch.setattr(pallas_tpu, "STEP", 32)
-    agree(problem(150, 57, 3, heads=4, key_heads=2, width=width))
+    steps = Steps(keys=2, queries=2)
+    agree(problem(150, 57, 3, heads=4, key_heads=2, width=width), steps=steps)
 
 
 def test_bfloat16_in_one_step():
@@ -79,7 +85,11 @@ def test_vmap_is_a_loop():
         ((64, 16), "float32", "blocks 64 x 16: multiples of 128 x 8 in float32"),
         ((128, 8), "bfloat16", "blocks 128 x 8: multiples of 128 x 16 in bfloat16"),
         ((128, 8), "float16", "float32 or bfloat16, not float16"),
-        ((2048, 4096), "float32", "blocks 2048 x 4096 need .* MiB of 14"),
+        (
+            (2048, 4096),
+            "float32",
+            "no step of the output with blocks 2048 x 4096: 1 of 4096 x 2048 need .* MiB of 14",
+        ),
     ],
 )
 def test_what_cannot_run_says_why(blocks, dtype, message):
@@ -87,6 +97,22 @@ def test_what_cannot_run_says_why(blocks, dtype, message):
     shape = shape_of(q, k, v, table[:, :, :1], *blocks, None)
     with pytest.raises(NotImplementedError, match=message):
         pallas_tpu.forward(shape, q, k, v, table)
+
+
+def test_what_is_asked_for_replaces_the_models_choice_and_must_fit():
+    """A step of the output's kernel per two entries; keys' gradients a query block at a time."""
+    arguments = problem(256, 128, 4)
+
+    def grids(steps):
+        loss = lambda *a: common.run(*a, "pallas_tpu", **BLOCKS, steps=steps)[0].sum()
+        return re.findall(r"grid=(\(.*?\))", str(jax.make_jaxpr(jax.grad(loss))(*arguments)))
+
+    assert sorted(grids(Steps(keys=2, queries=1))) == ["(2, 16)", "(2, 2, 2)", "(2, 2, 2)"]
+    assert grids(None).count("(2, 2, 1)") == 2
+    with pytest.raises(NotImplementedError, match="the output .*: 512 of 16 x 128 need .* of 14"):
+        grids(Steps(keys=512))
+    with pytest.raises(NotImplementedError, match="keys' gradient .*: 512 of 128 x 16 need"):
+        grids(Steps(queries=512))
 
 
 def run(spec, *args):

@@ -5,7 +5,9 @@ import dataclasses
 import jax.numpy as jnp
 import pytest
 
+from flora_jax.core.errors import ConfigError
 from flora_jax.kernels import costs
+from flora_jax.kernels.block_sparse_attention import Steps, arg_specs, layout, sizes
 from flora_jax.kernels.gated_linear_attention import chunks
 
 
@@ -60,3 +62,34 @@ def test_a_chunk_fits_the_memory_or_none_does():
     assert chunks.choose(chunked("none"), costs.TPU, refusal=refusal) == 32
     with pytest.raises(NotImplementedError, match="no chunk for heads of 128 and 128, .*: never"):
         chunks.choose(chunked("none"), costs.TPU, refusal=lambda chunk: "never")
+
+
+def sparse(spec, dtype="bfloat16", **blocks):
+    """The shape of a benchmark's call and the blocks a step of each kernel takes."""
+    spec = dataclasses.replace(spec, dtype=dtype, **blocks)
+    shape = layout.shape_of(*spec.arguments(), spec.block_q, spec.block_k, None)
+    dtype = jnp.dtype(dtype)
+    kernels = sizes.forward(shape), sizes.dq(shape), sizes.dkv(shape)
+    numbers = *(sizes.keys(shape, k, dtype) for k in kernels[:2]), sizes.queries(shape, dtype)
+    for kernel, number in zip(kernels, numbers):
+        assert kernel.memory(number, shape.width, dtype.itemsize) <= sizes.VMEM
+    return shape, numbers
+
+
+def test_a_step_takes_the_whole_row_where_it_fits_and_equal_shares_where_not():
+    for spec in arg_specs.BENCH:
+        shape, (forward, dq, dkv) = sparse(spec)
+        assert forward == dq == shape.entries and dkv <= 16
+    # As many steps as their number asks for, the padding of the last one spread over all.
+    shape, (forward, *_) = sparse(arg_specs.BENCH[1], block_k=128, density=1.0, dtype="float32")
+    assert shape.entries == 32 and forward == 16
+
+
+def test_longer_rows_make_longer_segments_of_the_keys_gradient():
+    found = [sparse(spec)[1][2] for spec in arg_specs.BENCH]
+    assert found == sorted(found) and found[0] < found[-1]
+
+
+def test_steps_of_no_block_are_refused():
+    with pytest.raises(ConfigError, match=r"Steps\(queries=0\): at least 1"):
+        Steps(queries=0)
