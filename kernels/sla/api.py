@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax import Array
 
 from flora_jax.kernels import dispatch
@@ -16,20 +14,29 @@ from flora_jax.kernels.sla.blocks import classify
 from flora_jax.kernels.sla.config import SLAConfig
 
 
-def _pallas_tpu(*args: Any) -> Array:
+def _main_tpu(*args: Any) -> Array:
     # Pallas is slow to import and most processes never need it.
     from flora_jax.kernels.sla.pallas_tpu import main
 
     return main(*args)
 
 
-MAIN = dict.fromkeys(dispatch.IMPLEMENTATIONS, linear.main) | {"pallas_tpu": _pallas_tpu}
-"""Of the variant ``main``, whatever the softmax branch in it runs as: only a TPU has a kernel."""
+def _marginal_tpu(*args: Any) -> Array:
+    from flora_jax.kernels.sla.marginal_tpu import main
+
+    return main(*args)
 
 
-def _main(call: linear.Call, q: Array, k: Array, v: Array, table: Any, params: Any) -> Array:
-    arrays = together(q, k, v, table, params)
-    return dispatch.run("sla", MAIN, call, *arrays, implementation=call.implementation)
+# Whatever the softmax branch runs as: only a TPU has kernels for the linear branch.
+MAIN = dict.fromkeys(dispatch.IMPLEMENTATIONS, linear.main) | {"pallas_tpu": _main_tpu}
+MARGINAL = dict.fromkeys(dispatch.IMPLEMENTATIONS, linear.marginal) | {"pallas_tpu": _marginal_tpu}
+
+
+def _both(call: linear.Call, *arrays: Any, marginal: Array | None) -> Array:
+    """``linear.main``, or of a map ``linear.marginal``, as the platform has it."""
+    table, last = (MAIN, ()) if marginal is None else (MARGINAL, (marginal,))
+    arrays = together(*arrays, *last)
+    return dispatch.run("sla", table, call, *arrays, implementation=call.implementation)
 
 
 def branches(
@@ -48,9 +55,7 @@ def branches(
     call = linear.Call(cfg=cfg, scale=scale, implementation=dispatch.chosen(implementation))
     table, marginal = classify(q, k, cfg)
     sparse = linear.sparse_branch(call, q, k, v, table)
-    if marginal is None:
-        return sparse, _main(call, q, k, v, None, None)
-    return sparse, linear.over_marginal(q, k, v, marginal, cfg)
+    return sparse, _both(call, q, k, v, None, None, marginal=marginal)
 
 
 def sla(
@@ -83,11 +88,7 @@ def sla(
     Source: SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention
     (2509.24006). Where paper and code differ, ``cfg.variant`` says which is followed.
     """
-    if cfg.variant == "main":
-        call = linear.Call(cfg=cfg, scale=scale, implementation=dispatch.chosen(implementation))
-        table, _ = classify(q, k, cfg)
-        return _main(call, q, k, v, table, {name: params[name] for name in ("kernel", "bias")})
-    sparse, low = branches(q, k, v, cfg, scale=scale, implementation=implementation)
-    kernel, bias = (params[name].astype(jnp.float32) for name in ("kernel", "bias"))
-    low = jnp.matmul(low, kernel, precision=jax.lax.Precision.HIGHEST) + bias
-    return (sparse.astype(jnp.float32) + low).astype(q.dtype)
+    call = linear.Call(cfg=cfg, scale=scale, implementation=dispatch.chosen(implementation))
+    table, marginal = classify(q, k, cfg)
+    params = {name: params[name] for name in ("kernel", "bias")}
+    return _both(call, q, k, v, table, params, marginal=marginal)

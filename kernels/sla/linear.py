@@ -38,12 +38,12 @@ def sparse_branch(call: Call, q: Array, k: Array, v: Array, table: Array) -> Arr
     )[0]  # fmt: skip
 
 
-def into_state(state: Array, params: Params | None) -> Array:
-    """The projection applied to a state ``[..., F, H]`` instead of to tokens; None: unchanged."""
+def project(x: Array, params: Params | None) -> Array:
+    """The projection without its bias, of tokens or of a state ``[..., F, H]``; None: unchanged."""
     if params is None:
-        return state
+        return x
     kernel = params["kernel"].astype(jnp.float32)
-    return jnp.matmul(state, kernel, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(x, kernel, precision=jax.lax.Precision.HIGHEST)
 
 
 def main(
@@ -58,7 +58,7 @@ def main(
     pq, pk = phi(q), phi(k)
     pq = pq.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     total = pk.astype(jnp.float32).sum(axis=1)
-    state = into_state(product("bskf,bskd->bkfd", pk, v), params).astype(q.dtype)
+    state = project(product("bskf,bskd->bkfd", pk, v), params).astype(q.dtype)
     numerator = product("btkrf,bkfd->btkrd", pq, state)
     denominator = product("btkrf,bkf->btkr", pq.astype(jnp.float32), total) + EPSILON
     low = (numerator / denominator[..., None]).reshape(q.shape)
@@ -66,6 +66,25 @@ def main(
         return low
     sparse = sparse_branch(call, q, k, v, table).astype(jnp.float32)
     return (sparse + (low + params["bias"].astype(jnp.float32))).astype(q.dtype)
+
+
+def marginal(
+    call: Call,
+    q: Array,
+    k: Array,
+    v: Array,
+    table: Array | None,
+    params: Params | None,
+    marginal: Array,
+) -> Array:
+    """The other variants, both branches, or as in ``main`` only the linear one; see there."""
+    low = over_marginal(q, k, v, marginal, call.cfg)
+    if params is None:
+        return low
+    return (
+        sparse_branch(call, q, k, v, table).astype(jnp.float32)
+        + (project(low, params) + params["bias"].astype(jnp.float32))
+    ).astype(q.dtype)
 
 
 def over_marginal(q: Array, k: Array, v: Array, marginal: Array, cfg: SLAConfig) -> Array:

@@ -26,7 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 from flora_jax.kernels import dispatch
 from flora_jax.kernels.heads import Heads
 from flora_jax.kernels.sla.config import FEATURES
-from flora_jax.kernels.sla.linear import EPSILON, Call, Params, into_state, sparse_branch
+from flora_jax.kernels.sla.linear import EPSILON, Call, Params, project, sparse_branch
 
 ELEMENTS = 1 << 17
 """Of q, with all heads that share keys, in a grid step, about."""
@@ -87,7 +87,8 @@ def _memory(s: _Sizes) -> int:
     return rows * lanes * (2 * 6 * jnp.dtype(s.dtype).itemsize + 8 * 4) + 8 * 4 * lanes**2
 
 
-def _dot(x: Array, y: Array, axes: tuple[int, int]) -> Array:
+def dot(x: Array, y: Array, axes: tuple[int, int]) -> Array:
+    """Of two matrices over one axis each, float32: exact products, or float32 sums of bfloat16."""
     exact = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         x,
@@ -107,15 +108,15 @@ def _write(place: Heads, ref: Any, x: Array) -> None:
     place.write(ref, x.reshape(place.repeats, place.block, -1))
 
 
-def _parts(x: Array, s: _Sizes) -> list[Array]:
-    """Numbers of ``s.dtype`` that add up to ``x``: a sum over tokens may cancel, rounding does not.
+def parts(x: Array, dtype: Any) -> list[Array]:
+    """Numbers of ``dtype`` that add up to ``x``: a sum over tokens may cancel, rounding does not.
 
     Features are positive and much alike, so the state's cotangent is close to a plain sum of do.
     """
-    if s.dtype == jnp.float32:
+    if dtype == jnp.float32:
         return [x]
-    high = x.astype(s.dtype)
-    return [high, (x - high.astype(jnp.float32)).astype(s.dtype)]
+    high = x.astype(dtype)
+    return [high, (x - high.astype(jnp.float32)).astype(dtype)]
 
 
 def _real(place: Heads, x: Array) -> Array:
@@ -176,7 +177,7 @@ def _call(s: _Sizes, body: Any, place: Heads, inputs: Any, outputs: Any, product
 def _states_body(s, k_ref, v_ref, state, total):
     _start(state, total)
     pk = _real(s.keys, s.features(_rows(s.keys, k_ref))).astype(s.dtype)
-    state[...] += _dot(pk, _rows(s.keys, v_ref).astype(s.dtype), (0, 0))
+    state[...] += dot(pk, _rows(s.keys, v_ref).astype(s.dtype), (0, 0))
     total[...] += jnp.sum(pk.astype(jnp.float32), axis=0, keepdims=True)
 
 
@@ -191,7 +192,7 @@ def _mix_body(s, base, q_ref, *refs):
     state, total, *bias, out_ref = refs
     p = s.features(_rows(s.queries, q_ref)).astype(s.dtype)
     below = jnp.sum(p.astype(jnp.float32) * total[...], axis=1, keepdims=True) + EPSILON
-    out = _dot(p, state[...], (1, 0)) / below
+    out = dot(p, state[...], (1, 0)) / below
     if base:
         out = _rows(s.queries, base_ref) + (out + bias[0][...])
     _write(s.queries, out_ref, out)
@@ -213,14 +214,14 @@ def _queries_back_body(s, add, q_ref, do_ref, *refs):
     do = _rows(s.queries, do_ref)
     rounded = p.astype(s.dtype).astype(jnp.float32)
     below = jnp.sum(rounded * total[...], axis=1, keepdims=True) + EPSILON
-    dp = _dot(do.astype(s.dtype), state[...], (1, 1)) / below
+    dp = dot(do.astype(s.dtype), state[...], (1, 1)) / below
     d_below = jnp.sum(rounded * dp, axis=1, keepdims=True) / below
     (dq,) = back(dp - d_below * total[...])
     if add:
         dq += _rows(s.queries, add_ref)
     _write(s.queries, dq_ref, dq)
     # Behind the end do is zero, so the states get nothing.
-    d_state[...] += sum(_dot(rounded.astype(s.dtype), x, (0, 0)) for x in _parts(do / below, s))
+    d_state[...] += sum(dot(rounded.astype(s.dtype), x, (0, 0)) for x in parts(do / below, s.dtype))
     d_total[...] -= jnp.sum(rounded * d_below, axis=0, keepdims=True)
     d_bias[...] += jnp.sum(do, axis=0, keepdims=True)
 
@@ -238,8 +239,8 @@ def _keys_back_body(s, add, k_ref, v_ref, *refs):
     p, back = jax.vjp(s.features, _rows(s.keys, k_ref))
     v = _rows(s.keys, v_ref).astype(s.dtype)
     found = [
-        back(_dot(v, d_state[...], (1, 1)) + d_total[...])[0],
-        _dot(p.astype(s.dtype), d_state[...], (1, 0)),
+        back(dot(v, d_state[...], (1, 1)) + d_total[...])[0],
+        dot(p.astype(s.dtype), d_state[...], (1, 0)),
     ]
     if add:
         found = [x + _rows(s.keys, ref) for ref, x in zip(adds, found)]
@@ -254,16 +255,11 @@ def _keys_back(s: _Sizes, k: Array, v: Array, add: Any, d_state: Array, d_total:
     return _call(s, body, s.keys, inputs, ([k.dtype] * 2, []), 2)[0]
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def main(
     call: Call, q: Array, k: Array, v: Array, table: Array | None, params: Params | None
 ) -> Array:
     """As :func:`flora_jax.kernels.sla.linear.main`."""
-    _sizes(call, q, k)
-    return _main(call, q, k, v, table, params)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _main(call, q, k, v, table, params):
     return _forward(call, q, k, v, table, params)[0]
 
 
@@ -273,7 +269,7 @@ def _forward(call, q, k, v, table, params):
         sparse, pull = jax.vjp(lambda *x: sparse_branch(call, *x, table), q, k, v)
         bias = params["bias"].astype(jnp.float32)[None]
     state, total = _states(s, k, v)
-    mixed = into_state(state, params).astype(q.dtype)
+    mixed = project(state, params).astype(q.dtype)
     saved = q, k, v, params, table, pull, state, mixed, total
     return _mix(s, q, sparse, mixed, total, bias), saved
 
@@ -283,7 +279,7 @@ def _backward(call, saved, do):
     s = _sizes(call, q, k)
     adds = (None,) * 3 if pull is None else pull(do)
     dq, d_mixed, d_total, d_bias = _queries_back(s, q, do, adds[0], mixed, total)
-    _, back = jax.vjp(into_state, state, params)
+    _, back = jax.vjp(project, state, params)
     d_state, d_params = back(d_mixed)
     if params is not None:
         d_params["bias"] = d_bias.sum(axis=(0, 1, 2)).astype(params["bias"].dtype)
@@ -292,4 +288,4 @@ def _backward(call, saved, do):
     return dq, dk, dv, d_table, d_params
 
 
-_main.defvjp(_forward, _backward)
+main.defvjp(_forward, _backward)
