@@ -101,9 +101,7 @@ TPU = Machine(device=DEVICES["tpu_v5e"], vector=4e12, step=0.35e-6, exact=6, sid
 GPU = Machine(device=DEVICES["h100"], vector=0.5e12, step=50e-6, exact=15)
 """A loop of XLA on an H100: each turn starts ten kernels or more, which hand one another their
 results through memory."""
-CPU = Machine(
-    device=Device(bytes=20e9, flops={"bfloat16": 50e9}), vector=10e9, step=200e-6, side=16
-)
+CPU = Machine(device=Device(bytes=20e9, flops={"bfloat16": 50e9}), vector=10e9, step=200e-6)
 """A loop of XLA on two cores, roughly as a few shapes of gated linear attention took it."""
 
 

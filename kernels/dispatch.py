@@ -7,6 +7,9 @@ is only taken by choice (:data:`UNTRIED`). A choice is an argument
 (``implementation=``), a context (``with use("xla"):``) or the environment variable
 ``FLORA_KERNELS``, in this order; it is final: what cannot run raises and says why.
 
+An op may also name implementations that give way where they expect to be slower (``yields`` of
+:func:`run`).
+
 The choice is read while tracing: a compiled function keeps the one it was traced with.
 """
 
@@ -154,6 +157,7 @@ def run(
     table: Mapping[str, Callable[..., Any]],
     *args: Any,
     implementation: Choice = None,
+    yields: Mapping[str, Callable[..., str | None]] | None = None,
     **kwargs: Any,
 ) -> Any:
     """Calls the first implementation of an op that can run.
@@ -163,6 +167,8 @@ def run(
       table: ``{implementation: function}``; a function raises ``NotImplementedError`` with the
         reason when it cannot take its arguments, before it computes anything.
       implementation: one name or several in order; final. Default: by platform.
+      yields: ``{implementation: function}`` of the same arguments, which says why those that
+        follow are expected to be faster, or None; not asked where none follows.
 
     Raises:
       NotImplementedError: no implementation that may run can; says why of each.
@@ -173,22 +179,30 @@ def run(
     """
     names = chosen(implementation)
     names = names or tuple(name for name in ORDER[platform()] if name not in UNTRIED)
-    reasons = []
-    for name in names:
+    reasons, queue, asked = [], list(names), set()
+    for name in queue:
         reason = "the op has none" if name not in table else _refusal(name)
         if reason is None:
             try:
+                if name in (yields or {}) and name not in asked and name != queue[-1]:
+                    asked.add(name)
+                    reason = yields[name](*args, **kwargs)
+                    if reason is not None:
+                        # If no other can.
+                        queue.append(name)
+                        raise NotImplementedError(reason)
                 result = table[name](*args, **kwargs)
             except NotImplementedError as error:
                 reason = str(error)
             else:
-                _log(op, name, reasons)
+                log(op, name, reasons)
                 return result
         reasons.append(f"{name}: {reason}")
     raise NotImplementedError(f"{op}: {'; '.join(reasons)}")
 
 
-def _log(op: str, name: str, passed_over: list[str]) -> None:
+def log(op: str, name: str, passed_over: Sequence[str] = ()) -> None:
+    """Once for each op and name: what runs, and why not what comes before it."""
     if (op, name) not in _logged:
         _logged.add((op, name))
         why = f" ({'; '.join(passed_over)})" if passed_over else ""

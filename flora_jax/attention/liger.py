@@ -15,6 +15,7 @@ from flora_jax.attention.softmax import Softmax
 from flora_jax.attention.types import Call, Sizes, Variant
 from flora_jax.core.errors import ConfigError, unknown
 from flora_jax.core.registry import register
+from flora_jax.kernels.hybrid_attention import hybrid_attention
 
 FORMS = ("gla", "hgrn2")
 NO_DECAY = 1e4
@@ -89,6 +90,19 @@ class Liger(Variant):
         return state
 
     def whole(self, params, q, k, v, call):
+        if all(self.weights) and call.valid is None and call.segment_ids is None:
+            return hybrid_attention(
+                q,
+                k,
+                v,
+                call.inputs.q,
+                call.inputs.k,
+                features=self.features,
+                window=self.window,
+                weights=self.weights,
+                scale=call.scale,
+                chunk=self.chunk,
+            )
         return self._mix(q, k, v, None, call)[0]
 
     def extend(self, params, q, k, v, state, call):

@@ -52,7 +52,7 @@ def pallas_tpu(
         chunk = choose(call, costs.TPU, refusal=partial(_refusal, call), least=16)
     elif (reason := _refusal(call, chunk)) is not None:
         raise NotImplementedError(reason)
-    how = _How(scale=scale, chunk=chunk, features=features)
+    how = How(scale=scale, chunk=chunk, features=features)
     return _attend(how, q, k, v, g, state)
 
 
@@ -75,19 +75,19 @@ def step_bytes(group: int, chunk: int, dim: int, value_dim: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _How:
+class How:
     scale: float
     chunk: int
     features: Features = None
 
 
-def _dot(dtype: Any) -> tiles.Dot:
+def operands(dtype: Any) -> tiles.Dot:
     if dtype == jnp.bfloat16:
         return tiles.Dot(jnp.bfloat16, jax.lax.Precision.DEFAULT)
     return tiles.EXACT
 
 
-def _head(rows: int, columns: int) -> pl.BlockSpec:
+def once(rows: int, columns: int) -> pl.BlockSpec:
     """What a head has once, ``[B, H, rows, columns]``."""
     return pl.BlockSpec((1, 1, rows, columns), lambda b, h, c: (b, h, 0, 0))
 
@@ -120,7 +120,7 @@ def _call(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Sizes:
+class Sizes:
     batch: int
     heads: int
     group: int
@@ -183,9 +183,9 @@ class _Sizes:
         return tokens * (self.group * (inside + across) + across)
 
 
-def _sizes(how: _How, q: jax.Array, k: jax.Array, v: jax.Array, g: Any) -> _Sizes:
+def sizes_of(how: How, q: jax.Array, k: jax.Array, v: jax.Array, g: Any) -> Sizes:
     batch, length, heads, dim = k.shape
-    return _Sizes(
+    return Sizes(
         batch=batch,
         heads=heads,
         group=q.shape[2] // heads,
@@ -198,8 +198,8 @@ def _sizes(how: _How, q: jax.Array, k: jax.Array, v: jax.Array, g: Any) -> _Size
     )
 
 
-def _prepared(
-    how: _How, s: _Sizes, c: Any, q: jax.Array, k: jax.Array, g: jax.Array | None
+def prepared(
+    how: How, s: Sizes, c: Any, q: jax.Array, k: jax.Array, g: jax.Array | None
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Scaled queries, keys and log-decays of a chunk."""
     if how.features is not None:
@@ -223,7 +223,7 @@ def _forward_body(how, s, dot, *refs):
     c = pl.program_id(2)
     g = s.gates.read(g_ref, c)[0] if s.given else None
     k, v = s.keys.read(k_ref, c)[0], s.values.read(v_ref, c)[0]
-    q, k, g = _prepared(how, s, c, s.queries.read(q_ref, c), k, g)
+    q, k, g = prepared(how, s, c, s.queries.read(q_ref, c), k, g)
     out, new = tiles.forward(q, k, v, g, state[...], dot=dot)
     s.outputs.write(out_ref, out)
     state[...] = new
@@ -231,7 +231,7 @@ def _forward_body(how, s, dot, *refs):
 
 
 def _inputs(
-    s: _Sizes, at: Callable[..., Any], k: jax.Array, v: jax.Array, g: jax.Array | None
+    s: Sizes, at: Callable[..., Any], k: jax.Array, v: jax.Array, g: jax.Array | None
 ) -> list[tuple[Any, Any]]:
     """Keys, values and gates, None without, and their blocks."""
     arrays = [(k, s.keys), (v, s.values), (g, s.gates)]
@@ -240,18 +240,18 @@ def _inputs(
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(how, q, k, v, g, state):
-    s, at = _sizes(how, q, k, v, g), lambda *step: step
+    s, at = sizes_of(how, q, k, v, g), lambda *step: step
     out, last = _call(
-        partial(_forward_body, how, s, _dot(q.dtype)),
+        partial(_forward_body, how, s, operands(q.dtype)),
         s.grid,
         [
             (s.queries.split(q), s.queries.group(at)),
             *_inputs(s, at, k, v, g),
-            (state.swapaxes(2, 3), _head(s.value_dim, s.dim)),
+            (state.swapaxes(2, 3), once(s.value_dim, s.dim)),
         ],
         [
             (s.outputs.shape, q.dtype, s.outputs.group(at)),
-            ((*s.lead, s.value_dim, s.dim), jnp.float32, _head(s.value_dim, s.dim)),
+            ((*s.lead, s.value_dim, s.dim), jnp.float32, once(s.value_dim, s.dim)),
         ],
         [pltpu.VMEM((s.value_dim, s.dim), jnp.float32)],
         s.flops,
@@ -276,26 +276,26 @@ def _states_body(how, s, dot, *refs):
     c = pl.program_id(2)
     g = s.gates.read(g_ref, c)[0] if s.given else None
     k, v = s.keys.read(k_ref, c)[0], s.values.read(v_ref, c)[0]
-    _, k, g = _prepared(how, s, c, k[None], k, g)
+    _, k, g = prepared(how, s, c, k[None], k, g)
     new = tiles.update(state[...], k, v, tiles.decays(g, None, s.chunk), dot)
     state[...] = new
     last_ref[0, 0] = new
 
 
-def _states(how, s, dot, k, v, g, state):
+def states_before(how, s, dot, k, v, g, state):
     """The states before every chunk ``[B, H, n, V, K]``, and the last."""
     one = (s.value_dim, s.dim)
     return _call(
         partial(_states_body, how, s, dot),
         s.grid,
-        [*_inputs(s, lambda *step: step, k, v, g), (state, _head(*one))],
+        [*_inputs(s, lambda *step: step, k, v, g), (state, once(*one))],
         [
             (
                 (*s.lead, s.count, *one),
                 jnp.float32,
                 pl.BlockSpec((1, 1, 1, *one), lambda b, h, c: (b, h, c, 0, 0)),
             ),
-            ((*s.lead, *one), jnp.float32, _head(*one)),
+            ((*s.lead, *one), jnp.float32, once(*one)),
         ],
         [pltpu.VMEM(one, jnp.float32)],
         s.batch * s.heads * s.count * s.chunk * 2 * s.dim * s.value_dim,
@@ -322,7 +322,7 @@ def _backward_body(how, s, dot, *refs):
             later_ref[...] = product
 
     q, k = s.queries.read(q_ref, c), s.keys.read(k_ref, c)[0]
-    (q, k, g), pull = jax.vjp(partial(_prepared, how, s, c), q, k, g)
+    (q, k, g), pull = jax.vjp(partial(prepared, how, s, c), q, k, g)
     dq, dk, dv, dg, before, later = tiles.backward(
         q,
         k,
@@ -349,9 +349,9 @@ def _backward_body(how, s, dot, *refs):
 def _attend_backward(how, saved, cotangents):
     q, k, v, g, state = saved
     d_out, d_last = cotangents
-    s, dot = _sizes(how, q, k, v, g), _dot(q.dtype)
+    s, dot = sizes_of(how, q, k, v, g), operands(q.dtype)
     back = lambda b, h, c: (b, h, s.count - 1 - c)
-    before, last = _states(how, s, dot, k, v, g, state.swapaxes(2, 3))
+    before, last = states_before(how, s, dot, k, v, g, state.swapaxes(2, 3))
     one = (s.value_dim, s.dim)
     chunk_state = pl.BlockSpec((1, 1, 1, *one), lambda *step: (*back(*step), 0, 0))
     scratch = [pltpu.VMEM(one, jnp.float32)]
@@ -367,13 +367,13 @@ def _attend_backward(how, saved, cotangents):
             (s.queries.split(q), s.queries.group(back)),
             *_inputs(s, back, k, v, g),
             (before, chunk_state),
-            (last, _head(*one)),
+            (last, once(*one)),
             (s.outputs.split(d_out), s.outputs.group(back)),
-            (d_last.astype(jnp.float32).swapaxes(2, 3), _head(*one)),
+            (d_last.astype(jnp.float32).swapaxes(2, 3), once(*one)),
         ],
         [
             *((heads.shape, x.dtype, heads.group(back)) for x, heads in grads),
-            ((*s.lead, *one), jnp.float32, _head(*one)),
+            ((*s.lead, *one), jnp.float32, once(*one)),
         ],
         scratch,
         3 * s.flops,

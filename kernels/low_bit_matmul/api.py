@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from flora_jax.core.errors import ConfigError, PlanError, unknown
 from flora_jax.kernels import dispatch
-from flora_jax.kernels.low_bit_matmul import reference, tiles, xla
+from flora_jax.kernels.low_bit_matmul import cuts, reference, tiles, xla
 from flora_jax.kernels.low_bit_matmul.packing import ROWS, LowBit, Rows, quantize_rows
 from flora_jax.kernels.manual_axes import together
 
@@ -40,6 +40,9 @@ BACKWARD = {
     "xla": xla.dx,
     "reference": reference.dx,
 }
+# Where XLA is expected to be faster than the kernel that comes before it.
+FORWARD_YIELDS = {"mosaic_gpu": cuts.slower}
+BACKWARD_YIELDS = {"mosaic_gpu": cuts.slower_dx}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,8 +170,8 @@ def _run(how: _How, x: Any, w: LowBit, bias: Any, **other: Any) -> jax.Array:
     if how.x_format is not None:
         x = quantize_rows(x, how.x_format)
     given = {n: getattr(how, n) for n in ("activation", "dtype", "placement", "blocks")} | other
-    choice = how.implementation
-    return dispatch.run("low_bit_matmul", FORWARD, x, w, bias, implementation=choice, **given)
+    given |= {"implementation": how.implementation, "yields": FORWARD_YIELDS}
+    return dispatch.run("low_bit_matmul", FORWARD, x, w, bias, **given)
 
 
 def _forward(how: _How, x: Any, w: LowBit, bias: Any) -> tuple[jax.Array, Any]:
@@ -194,7 +197,7 @@ def _backward(how: _How, saved: Any, dy: Any) -> tuple[Any, Any, Any]:
         dy = jax.vjp(lambda z: tiles.activate(z, how.activation), wide)[1](dy.astype(wide.dtype))[0]
     narrow = dy.astype(like.dtype)
     given = {"dtype": like.dtype, "blocks": how.blocks, "implementation": how.implementation}
-    dx = dispatch.run("low_bit_matmul dx", BACKWARD, narrow, w, **given)
+    dx = dispatch.run("low_bit_matmul dx", BACKWARD, narrow, w, yields=BACKWARD_YIELDS, **given)
     dw = None
     if x is not None:
         if how.x_format is not None:

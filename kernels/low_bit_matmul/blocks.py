@@ -26,11 +26,13 @@ class Blocks:
       m: rows of x.
       k: rows of the stored array; of int4 each is two rows of the weight.
       n: columns.
+      bits: on Hopper GPUs, of the matrix unit's factors: 8 or 16; default by the cost model.
     """
 
     m: int
     k: int
     n: int
+    bits: int | None = None
 
 
 def parts(w: LowBit) -> int:

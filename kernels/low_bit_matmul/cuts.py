@@ -1,4 +1,10 @@
-"""How the Hopper kernels cut a product into programs and steps."""
+"""How the Hopper kernels cut a product into programs and steps, and which way a product takes.
+
+There are three: a kernel with 16-bit factors, one with 8-bit factors, XLA. Estimates choose, of
+what an H100 would take by its data sheet and the compiled kernels' instructions: no time was ever
+measured. ``implementation="mosaic_gpu"`` alone keeps XLA out, ``"xla"`` the kernels, and
+``blocks=Blocks(..., bits=)`` says which kernel.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +12,36 @@ import dataclasses
 import math
 from typing import Any
 
+import jax.numpy as jnp
 from jax import lax
 
+from flora_jax.kernels import costs
 from flora_jax.kernels.low_bit_matmul.blocks import Blocks, parts, span
-from flora_jax.kernels.low_bit_matmul.packing import LowBit
+from flora_jax.kernels.low_bit_matmul.packing import LowBit, Rows
 
 PROGRAMS = 198
 """As many programs, or the sum is split: three for every two of an H100's 132 multiprocessors."""
+H100 = costs.DEVICES["h100"]
+SMS, CLOCK = 132, 1.7e9
+MATRIX, CACHE = 2048, 24.0
+"""Of a multiprocessor in a cycle: products of 16 bits; bytes from the second-level cache, about."""
+UNPACK = {
+    (16, "int8"): 5,
+    (16, "float8_e4m3fn"): 6,
+    (16, "int4"): 10,
+    (8, "int8"): 4,
+    (8, "float8_e4m3fn"): 4,
+    (8, "int4"): 6,
+    (8, "int4 to float8"): 14,
+}
+"""Instructions per stored number, by the bits that the matrix unit takes: counted in the compiled
+kernels (PTX without moves; conversions twice, for they have half the rate)."""
+RESULT = {(16, False): 1, (16, True): 5, (8, False): 1, (8, True): 3}
+"""Per result of a step's product: to scale and add it up; True: of int8 rows."""
+CLEARLY = 0.9
+"""The 8-bit kernel is taken where its estimate is below this share of the 16-bit one's."""
+REACHED, LAUNCHES = 0.8, 10e-6
+"""Of XLA: the share of the matrix unit's rate, seconds to start its kernels; both rough."""
 WIDE = 32
 """More rows of x than this: two warpgroups share what is copied of x."""
 
@@ -28,6 +57,7 @@ class Cut:
       rows: programs along the rows of x.
       splits: programs that share a sum.
       steps: steps of a program.
+      bits: of the matrix unit's factors.
     """
 
     m: int
@@ -36,6 +66,7 @@ class Cut:
     rows: int
     splits: int
     steps: int
+    bits: int = 16
 
 
 def forward(m: int, w: LowBit, blocks: Blocks | None = None, whole_groups: bool = False) -> Cut:
@@ -68,6 +99,37 @@ def forward(m: int, w: LowBit, blocks: Blocks | None = None, whole_groups: bool 
     unit = group_steps(w, k) if whole_groups else 1
     splits = _splits(n // c * rows, total // unit)
     return Cut(m=block_m, k=k, n=c, rows=rows, splits=splits, steps=total // splits)
+
+
+def forward8(x: Any, w: LowBit, out: Any, blocks: Blocks | None = None) -> Cut | None:
+    """For the 8-bit matrix unit: steps of 128 or 64 stored rows of one group, 128 columns.
+
+    Args:
+      x: rows.
+      w: the weight.
+      out: dtype of the result.
+      blocks: sizes that replace the chosen ones.
+
+    Returns:
+      None where that unit cannot be used: rows in 16 bits, zero points, int8 groups of several
+      steps, or shapes that do not fit.
+    """
+    n, common = w.shape[-1], math.gcd(span(w), w.group)
+    if not isinstance(x, Rows) or x.zero is not None or w.zero is not None:
+        return None
+    alone, integer = w.groups == 1, x.values.dtype == jnp.int8
+    # 256 rows: 128 registers of int32 and nothing beside them, results of 16 bits.
+    most = 256 if integer and alone and jnp.dtype(out).itemsize == 2 else 128
+    rows, block_m = _rows(x.shape[0], blocks, most)
+    k = blocks.k if blocks else next((k for k in (128, 64) if common % k == 0), 0)
+    c = blocks.n if blocks else 128
+    if block_m > most or k not in (64, 128) or common % k or c not in (64, 128) or n % c:
+        return None
+    if integer and not alone and group_steps(w, k) > 1:
+        return None
+    total = w.shape[-2] // parts(w) // k
+    splits = 1 if integer and alone else _splits(n // c * rows, total)
+    return Cut(m=block_m, k=k, n=c, rows=rows, splits=splits, steps=total // splits, bits=8)
 
 
 def dx(m: int, w: LowBit, blocks: Blocks | None = None) -> Cut:
@@ -115,6 +177,104 @@ def _splits(programs: int, units: int) -> int:
     """The fewest equal parts of the sum that make enough programs."""
     divisors = [d for d in range(1, units + 1) if units % d == 0]
     return next((d for d in divisors if programs * d >= PROGRAMS), divisors[-1])
+
+
+def choose(
+    x: Any, w: LowBit, out: Any, placement: str | None = None, blocks: Blocks | None = None
+) -> Cut:
+    """The cut of the 16-bit or, where it is clearly faster, of the 8-bit matrix unit.
+
+    Scales of groups on the weight itself (``placement="weight"``) take 16 bits.
+
+    Raises:
+      NotImplementedError: no cut fits, with the reason.
+    """
+    asked = blocks and blocks.bits
+    possible = placement != "weight" and asked != 16 and (asked == 8 or x.shape[0] > WIDE)
+    narrow = forward8(x, w, out, blocks) if possible else None
+    if asked == 8:
+        if narrow is None:
+            raise NotImplementedError(
+                "8 bits: quantised rows, no zero points, steps of 64 or 128 rows of one group (all "
+                "of it, of int8 rows), 64 or 128 columns"
+            )
+        return narrow
+    wide = forward(x.shape[0], w, blocks, whole_groups=_integer(x))
+    if narrow is None or seconds(x, w, narrow) > CLEARLY * seconds(x, w, wide):
+        return wide
+    return narrow
+
+
+def seconds(x: Any, w: LowBit, cut: Cut) -> float:
+    """An estimate, to choose by, of a forward product."""
+    kind = "int4 to float8" if w.format == "int4" and cut.bits == 8 else w.format
+    kind = w.format if _integer(x) else kind
+    each = RESULT[cut.bits, _integer(x)] * parts(w)
+    if cut.bits == 8 and w.groups == 1:
+        each = 0 if _integer(x) else 1
+    moved = cut.k * cut.n + parts(w) * cut.m * cut.k * cut.bits // 8
+    programs = w.shape[-1] // cut.n * cut.rows * cut.splits
+    return _seconds(w, cut, UNPACK[cut.bits, kind], each * cut.n, moved, programs)
+
+
+def _seconds(
+    w: LowBit, cut: Cut, unpack: float, each: float, moved: float, programs: int
+) -> float:
+    """A multiprocessor takes the longest of what a step issues, multiplies and copies.
+
+    Args:
+      unpack: instructions per stored number.
+      each: instructions per step and row of x.
+      moved: bytes of a step.
+    """
+    # Four schedulers of 32 lanes.
+    issued = (cut.k * cut.n * unpack + cut.m * each) / 128
+    multiplied = cut.m * cut.n * cut.k * parts(w) / (MATRIX * 16 / cut.bits)
+    turns = math.ceil(programs / SMS) * cut.steps
+    return max(w.nbytes / H100.bytes, turns * max(issued, multiplied, moved / CACHE) / CLOCK)
+
+
+def slower(
+    x: Any, w: LowBit, bias: Any, *, dtype: Any, placement: Any, blocks: Any, **_: Any
+) -> str | None:
+    """Why XLA's product is expected to be faster than the kernel, or None.
+
+    With many rows of x it pays to dequantise the weight once. Where a column has one scale,
+    quantised rows multiply in 8 bits in XLA, too; otherwise its product of each group is written
+    out, and the kernel is taken at any number of rows. ``blocks`` ask for the kernel.
+    """
+    grouped = w.groups > 1 and (isinstance(x, Rows) or placement == "partial")
+    if blocks is not None or grouped:
+        return None
+    kernel = seconds(x, w, choose(x, w, dtype, placement))
+    return _slower(x, w, kernel, 8 if isinstance(x, Rows) else 16)
+
+
+def slower_dx(dy: Any, w: LowBit, *, blocks: Any, **_: Any) -> str | None:
+    """As :func:`slower`, of the gradient by x."""
+    if blocks is not None:
+        return None
+    cut = dx(dy.shape[0], w)
+    # Its numbers are rescaled: to float32 and back.
+    unpack = UNPACK[16, w.format] + 4 * parts(w)
+    moved = cut.k * cut.n + 2 * cut.m * cut.n
+    programs = w.shape[0] // parts(w) // cut.k * cut.rows * cut.splits
+    return _slower(dy, w, _seconds(w, cut, unpack, 0, moved, programs), 16)
+
+
+def _slower(x: Any, w: LowBit, kernel: float, bits: int) -> str | None:
+    # Written in the unit's numbers, 8-bit ones also with K contiguous, and read again.
+    size = math.prod(w.shape)
+    moved = w.nbytes + 2 * size * bits // 8
+    rate = H100.rate("int8" if bits == 8 else "bfloat16") * REACHED
+    xla = moved / H100.bytes + 2 * x.shape[0] * size / rate + LAUNCHES
+    if kernel <= xla:
+        return None
+    return f"{x.shape[0]} rows: about {kernel * 1e6:.0f} us, XLA's {xla * 1e6:.0f} us"
+
+
+def _integer(x: Any) -> bool:
+    return isinstance(x, Rows) and x.values.dtype == jnp.int8
 
 
 def one_group(w: LowBit) -> bool:

@@ -5,34 +5,26 @@ columns, from shared memory. So a program computes the transpose of its result: 
 weight (64 of its rows, in the gradient by x) times the few rows of x. One warpgroup copies packed
 weights, their scales and the matching pieces of x into a ring of buffers; one or two others
 unpack, multiply and scale. Codes of 4 and 8 bits are exact in bfloat16, those of quantised rows
-too: every format is a product of 16-bit numbers with float32 sums.
+too, so these kernels multiply every format as 16-bit numbers with float32 sums; where quantised
+rows are many, mosaic_gpu_bytes.py multiplies in 8 bits instead (``cuts.choose``).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flora_jax.kernels import dispatch, hopper
-from flora_jax.kernels.low_bit_matmul import cuts, tiles
+from flora_jax.kernels.low_bit_matmul import cuts, mosaic_gpu_bytes, program, tiles
 from flora_jax.kernels.low_bit_matmul.blocks import Blocks, parts
 from flora_jax.kernels.low_bit_matmul.cuts import Cut
 from flora_jax.kernels.low_bit_matmul.packing import LowBit, Rows
-
-WGMMA, TRANSPOSED = plgpu.Layout.WGMMA, plgpu.Layout.WGMMA_TRANSPOSED
-DOWN, ALONG = plgpu.Layout.WGMMA.reduce(1), plgpu.Layout.WGMMA.reduce(0)
-"""Vectors with a number per row and per column of a tile in registers."""
-TILE = 64
-"""Rows of the matrix unit's first factor, per reading warpgroup."""
-AXES = ("weight", "row", "split")
-"""Of the grid: blocks of the weight, blocks of rows of x, parts of the sum."""
+from flora_jax.kernels.low_bit_matmul.program import ALONG, DOWN, TILE, TRANSPOSED, WGMMA
 
 
 def forward(
@@ -47,34 +39,38 @@ def forward(
 ) -> Array:
     """``activation(x w + bias)``; see reference.py.
 
-    ``placement``: default ``partial``. Quantised rows are multiplied as 16-bit numbers, which is
-    exact: the products of a step of int8 sum up to less than 2^24, int32 adds a group's steps.
+    ``placement``: default ``partial``. Quantised rows multiplied as 16-bit numbers are exact, too:
+    the products of a step of int8 sum up to less than 2^24, int32 adds a group's steps.
 
     Raises:
       NotImplementedError: float32 rows, or shapes that no block fits.
     """
-    rows, x_scale = _rows(x)
-    m = rows.shape[0]
-    integer = isinstance(x, Rows) and x.values.dtype == jnp.int8
-    cut = cuts.forward(m, w, blocks, whole_groups=integer)
-    inputs = {"values": w.values, "x": _pad(rows, cut), **_groups(w)}
+    m, cut = x.shape[0], cuts.choose(x, w, dtype, placement, blocks)
+    dispatch.log("low_bit_matmul", f"mosaic_gpu in {cut.bits} bits")
+    if cut.bits == 8:
+        rows, x_scale = x.values, x.scale
+        run = functools.partial(mosaic_gpu_bytes.product, w, cut)
+    else:
+        rows, x_scale = _rows(x)
+        integer = isinstance(x, Rows) and x.values.dtype == jnp.int8
+        run = functools.partial(_forward, w, cut, integer, placement)
+    inputs = {"values": w.values, "x": program.pad(rows, cut), **program.groups(w)}
     if cut.splits > 1:
-        y = _forward(w, cut, inputs, integer, placement, None, jnp.float32)
-        y = y.sum(0)[:m]
+        y = run(inputs, None, jnp.float32).sum(0)[:m]
         return tiles.finish(y, x_scale, None if bias is None else bias[None], activation, dtype)
     if x_scale is not None:
-        inputs["x_scale"] = _pad(x_scale, cut)[:, 0]
+        inputs["x_scale"] = program.pad(x_scale, cut)[:, 0]
     if bias is not None:
         inputs["bias"] = bias.astype(jnp.float32)
-    return _forward(w, cut, inputs, integer, placement, activation, dtype)[0, :m]
+    return run(inputs, activation, dtype)[0, :m]
 
 
 def _forward(
     w: LowBit,
     cut: Cut,
-    inputs: dict[str, Array],
     integer: bool,
     placement: str | None,
+    inputs: dict[str, Array],
     activation: str | None,
     dtype: Any,
 ) -> Array:
@@ -88,7 +84,7 @@ def _forward(
         rows = [cuts.weight_row(w, stored, part) for part in range(count)]
         x = [refs["x"].at[pl.ds(i * cut.m, cut.m), pl.ds(row, cut.k)] for row in rows]
         values = refs["values"].at[pl.ds(stored, cut.k), columns]
-        return [values, *x, *_group_sources(w, refs, rows, columns)]
+        return [values, *x, *program.group_sources(w, refs, rows, columns)]
 
     def read(refs: Any, out_ref: Any, out: Any, each: Any, at: Any, wg: Any) -> None:
         j, i, split = at
@@ -96,13 +92,13 @@ def _forward(
 
         def step(t: Any, buffers: Any, carry: Any) -> Any:
             values, *buffers = buffers
-            x, groups = buffers[:count], _held(buffers[count:], count, mine)
+            x, groups = buffers[:count], program.held(buffers[count:], count, mine)
             packed = hopper.load(values.at[:, mine].transpose((1, 0)), TRANSPOSED)
             total, *sums = carry
             parted = []
             for part, codes in enumerate(_codes(w, packed, compute)):
                 codes, unit = plgpu.layout_cast(codes, WGMMA), tiles.UNITS[part]
-                scale, zero = _load(groups[part], DOWN)
+                scale, zero = program.load(groups[part], DOWN)
                 codes = tiles.centred(codes, zero, unit, axis=0)
                 if placement == "weight":
                     codes = tiles.rescaled(codes, scale * unit, axis=0)
@@ -128,17 +124,19 @@ def _forward(
         sums = [total.astype(jnp.int32)] * groups
         y, *_ = each(step, (total, *sums))
         rows, columns = pl.ds(i * cut.m, cut.m), pl.ds(j * cut.n + wg * TILE, TILE)
-        ends = _ends(refs, rows, columns, y.shape)
-        _store(_finish(y, *ends, activation, dtype), out, out_ref.at[split, rows, columns])
+        ends = program.ends(refs, rows, columns, y.shape)
+        y = program.finish(y, *ends, activation, dtype)
+        program.store(y, out, out_ref.at[split, rows, columns])
 
     buffers = [
-        _stored(w, cut),
-        *[((cut.m, cut.k), compute, _swizzled(cut.k, compute))] * count,
-        *_group_buffers(w, count, cut.n),
+        program.stored(cut, w.values.dtype),
+        *[((cut.m, cut.k), compute, program.swizzled(cut.k, compute))] * count,
+        *program.group_buffers(w, count, cut.n),
     ]
     shape = (cut.splits, cut.m * cut.rows, w.shape[-1])
     grid = (w.shape[-1] // cut.n, cut.rows, cut.splits)
-    return _run(inputs, (shape, dtype), cut, grid, cut.n // TILE, buffers, sources, read)
+    out = shape, dtype
+    return program.run(inputs, out, cut, grid, cut.n // TILE, buffers, sources, read)
 
 
 def dx(dy: Array, w: LowBit, *, dtype: Any, blocks: Blocks | None = None) -> Array:
@@ -150,7 +148,7 @@ def dx(dy: Array, w: LowBit, *, dtype: Any, blocks: Blocks | None = None) -> Arr
     dy, _ = _rows(dy)
     m, compute, count = dy.shape[0], dy.dtype, parts(w)
     cut = cuts.dx(m, w, blocks)
-    inputs = {"values": w.values, "x": _pad(dy, cut), **_groups(w)}
+    inputs = {"values": w.values, "x": program.pad(dy, cut), **program.groups(w)}
     alone = cut.splits == 1
 
     def weight_rows(j: Any) -> list[Any]:
@@ -162,7 +160,7 @@ def dx(dy: Array, w: LowBit, *, dtype: Any, blocks: Blocks | None = None) -> Arr
         return [
             refs["values"].at[pl.ds(j * cut.k, cut.k), columns],
             refs["x"].at[pl.ds(i * cut.m, cut.m), columns],
-            *_group_sources(w, refs, weight_rows(j), columns),
+            *program.group_sources(w, refs, weight_rows(j), columns),
         ]
 
     def read(refs: Any, out_ref: Any, out: Any, each: Any, at: Any, wg: Any) -> None:
@@ -171,12 +169,12 @@ def dx(dy: Array, w: LowBit, *, dtype: Any, blocks: Blocks | None = None) -> Arr
         def step(t: Any, buffers: Any, totals: Any) -> Any:
             del t
             values, dy, *buffers = buffers
-            groups = _held(buffers, count, pl.ds(0, cut.n))
+            groups = program.held(buffers, count, pl.ds(0, cut.n))
             packed = hopper.load(values.at[pl.ds(wg * TILE, TILE)], WGMMA)
             after = []
             for part, codes in enumerate(_codes(w, packed, compute)):
                 unit = tiles.UNITS[part]
-                scale, zero = _load(groups[part], ALONG)
+                scale, zero = program.load(groups[part], ALONG)
                 codes = tiles.centred(codes, zero, unit, axis=1)
                 codes = tiles.rescaled(codes, scale * unit, axis=1)
                 after.append(_product(codes, dy, totals[part]))
@@ -185,67 +183,17 @@ def dx(dy: Array, w: LowBit, *, dtype: Any, blocks: Blocks | None = None) -> Arr
         totals = each(step, tuple(hopper.zeros(TILE, cut.m) for _ in range(count)))
         for y, row in zip(totals, weight_rows(j)):
             target = pl.ds(i * cut.m, cut.m), pl.ds(row + wg * TILE, TILE)
-            _store(y, out, out_ref.at[split, *target])
+            program.store(y, out, out_ref.at[split, *target])
 
     buffers = [
-        _stored(w, cut),
-        ((cut.m, cut.n), compute, _swizzled(cut.n, compute)),
-        *_group_buffers(w, count, cut.n),
+        program.stored(cut, w.values.dtype),
+        ((cut.m, cut.n), compute, program.swizzled(cut.n, compute)),
+        *program.group_buffers(w, count, cut.n),
     ]
     out = (cut.splits, cut.m * cut.rows, w.shape[0]), dtype if alone else jnp.float32
     grid = (w.shape[0] // count // cut.k, cut.rows, cut.splits)
-    y = _run(inputs, out, cut, grid, cut.k // TILE, buffers, sources, read)
+    y = program.run(inputs, out, cut, grid, cut.k // TILE, buffers, sources, read)
     return (y[0] if alone else y.sum(0).astype(dtype))[:m]
-
-
-def _run(
-    inputs: dict[str, Array],
-    out: tuple[tuple[int, ...], Any],
-    cut: Cut,
-    grid: tuple[int, int, int],
-    readers: int,
-    buffers: Sequence[tuple[tuple[int, ...], Any, Any]],
-    sources: Callable[..., list[Any]],
-    read: Callable[..., None],
-) -> Array:
-    """The kernel: a warpgroup copies ``sources`` into ``buffers``, ``readers`` others ``read``."""
-    shape, dtype = out
-    dtype = jnp.dtype(dtype)
-    each_bytes = sum(math.prod(s) * jnp.dtype(d).itemsize for s, d, _ in buffers)
-    out_bytes = readers * cut.m * TILE * dtype.itemsize
-    slots = hopper.slots(out_bytes, each_bytes, cut.steps)
-    registers = 40 if readers > 1 else None
-
-    def body(*args: Any) -> None:
-        refs = dict(zip(inputs, args))
-        out_ref, out, ring, barriers = args[len(inputs) :]
-        stream = hopper.Ring(ring, *barriers, slots, loaded=True)
-        at, wg = [lax.axis_index(name) for name in AXES], lax.axis_index("wg")
-
-        @pl.when(wg < readers)
-        def _() -> None:
-            if registers is not None:
-                plgpu.set_max_registers(232, action="increase")
-            each = lambda step, carry: stream.each(cut.steps, step, carry)
-            read(refs, out_ref, out.at[wg], each, at, wg)
-
-        @pl.when(wg == readers)
-        def _() -> None:
-            stream.fill(cut.steps, lambda t: sources(refs, t, at), registers)
-
-    in_ring = [
-        plgpu.SMEM((slots, *piece), of, **({"transforms": turns} if turns else {}))
-        for piece, of, turns in buffers
-    ]
-    scratch = [
-        plgpu.SMEM((readers, cut.m, TILE), dtype, transforms=_swizzled(TILE, dtype)),
-        in_ring,
-        hopper.ring_barriers(len(buffers), readers, slots),
-    ]
-    types, places = jax.ShapeDtypeStruct(shape, dtype), dict(zip(AXES, grid))
-    # Serving computes the activation that training does.
-    run = hopper.kernel(body, types, scratch, places, readers + 1, approximate=False)
-    return run(*inputs.values())
 
 
 def _rows(x: Array | Rows) -> tuple[Array, Array | None]:
@@ -256,53 +204,6 @@ def _rows(x: Array | Rows) -> tuple[Array, Array | None]:
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise NotImplementedError(f"bfloat16, float16 or quantised rows, not {x.dtype}")
     return x, None
-
-
-def _pad(rows: Array, cut: Cut) -> Array:
-    """With rows of zeros up to whole blocks."""
-    missing = cut.m * cut.rows - rows.shape[0]
-    return jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows
-
-
-def _groups(w: LowBit) -> dict[str, Array]:
-    """Scales and zero points ``[groups, N]``; 64 numbers of 8 bits are too few for a copy."""
-    full = jnp.broadcast_to(w.scale, (w.groups, w.shape[-1]))
-    return {"scale": full} | ({} if w.zero is None else {"zero": w.zero.astype(jnp.bfloat16)})
-
-
-def _group_sources(w: LowBit, refs: Any, rows: Sequence[Any], columns: Any) -> list[Any]:
-    """Scales, and zero points if any, of the groups of these rows."""
-    group = lambda row: lax.div(row, w.group) if w.groups > 1 else 0
-    names = [name for name in ("scale", "zero") if name in refs]
-    return [refs[name].at[group(row), columns] for name in names for row in rows]
-
-
-def _group_buffers(w: LowBit, count: int, n: int) -> list[Any]:
-    scale, zero = ((n,), jnp.float32, None), ((n,), jnp.bfloat16, None)
-    return [scale] * count + ([] if w.zero is None else [zero] * count)
-
-
-def _held(buffers: Sequence[Any], count: int, at: Any) -> list[tuple[Any, Any]]:
-    """Scale and zero point (or None) of each part of a stored number."""
-    scale, zero = buffers[:count], buffers[count:] or [None] * count
-    return [(s.at[at], None if z is None else z.at[at]) for s, z in zip(scale, zero)]
-
-
-def _load(group: tuple[Any, Any], layout: Any) -> tuple[Array, Array | None]:
-    scale, zero = group
-    return hopper.load(scale, layout), None if zero is None else hopper.load(zero, layout)
-
-
-def _stored(w: LowBit, cut: Cut) -> tuple[tuple[int, int], Any, Any]:
-    """Buffer of packed weights: 64 bytes of 8 rows together."""
-    return (cut.k, cut.n), w.values.dtype, _swizzled(TILE, jnp.int8)
-
-
-def _swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:
-    """Transforms of a tile in shared memory whose rows hold a multiple of so many numbers."""
-    size = jnp.dtype(dtype).itemsize
-    swizzle = min(128, columns * size)
-    return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
 
 
 def _codes(w: LowBit, packed: Array, dtype: Any) -> tuple[Array, ...]:
@@ -328,30 +229,3 @@ def _product(codes: Array, x: Any, total: Array | None = None) -> Array:
         return acc[...]
 
     return pl.run_scoped(fresh, plgpu.ACC((codes.shape[0], x.shape[1]), jnp.float32))
-
-
-def _ends(refs: Any, rows: Any, columns: Any, shape: tuple[int, int]) -> list[Array | None]:
-    """The scales of rows and the bias, spread over the transposed result."""
-    out = []
-    for name, at, layout, axis in (("x_scale", rows, ALONG, 1), ("bias", columns, DOWN, 0)):
-        if name in refs:
-            vector = hopper.load(refs[name].at[at], layout, shared=False)
-            out.append(tiles.along(vector, shape, axis))
-        else:
-            out.append(None)
-    return out
-
-
-def _finish(y: Array, x_scale: Any, bias: Any, activation: str | None, dtype: Any) -> Array:
-    if activation != "relu":
-        return tiles.finish(y, x_scale, bias, activation, dtype)
-    # jax.nn.relu has a gradient of its own, which does not lower.
-    return jnp.maximum(tiles.finish(y, x_scale, bias, None, jnp.float32), 0.0).astype(dtype)
-
-
-def _store(y: Array, out: Any, target: Any) -> None:
-    """``y^T``, through shared memory."""
-    out.transpose((1, 0))[...] = plgpu.layout_cast(y.astype(out.dtype), TRANSPOSED)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(out, target)
-    plgpu.wait_smem_to_gmem(0)

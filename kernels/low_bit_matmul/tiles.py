@@ -135,6 +135,23 @@ def halves(packed: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
     return low.astype(dtype) - jnp.array(8, dtype), (packed & jnp.int8(-16)).astype(dtype)
 
 
+def eight_bits(stored: jax.Array, format: str, dtype: Any) -> list[tuple[jax.Array, float]]:
+    """Stored bytes, widened to int16, to 8-bit numbers and what they count, a pair per part.
+
+    int4: multiples of 16 in int8, all the upper bits; exact in float8, too.
+    """
+    stored, bits = stored.astype(jnp.int16), jnp.int16
+    if format != "int4":
+        codes = stored.astype(jnp.int8)
+        return [(codes if dtype == jnp.int8 else lax.bitcast_convert_type(codes, dtype), 1.0)]
+    if dtype == jnp.int8:
+        parts = stored << bits(4), stored & bits(-16)
+        return [(part.astype(jnp.int8), 1 / 16) for part in parts]
+    low, high = (stored & bits(15)) ^ bits(8), (stored & bits(240)) ^ bits(128)
+    shifted = low.astype(jnp.float32) - 8.0, high.astype(jnp.float32) - 128.0
+    return [(part.astype(dtype), unit) for part, unit in zip(shifted, UNITS)]
+
+
 def along(vector: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
     return lax.broadcast_in_dim(vector, shape, (axis,))
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from flora_jax.kernels import costs
 from flora_jax.kernels.low_bit_matmul import tiles
 from flora_jax.kernels.low_bit_matmul.packing import (
     LowBit,
@@ -18,8 +19,9 @@ from flora_jax.kernels.low_bit_matmul.packing import (
 )
 from flora_jax.kernels.manual_axes import like
 
-BLOCK = 1 << 22
-"""Weights dequantised at a time, at most (8 MB in bfloat16)."""
+BLOCK, GPU_BLOCK = 1 << 22, 1 << 28
+"""Weights dequantised at a time, at most: 8 MB in bfloat16; on a GPU, where each turn of a loop
+starts kernels that wait for one another and a block of few columns leaves it idle, 512 MB."""
 
 
 def divisor(total: int, at_most: int, unit: int = 1) -> int:
@@ -35,6 +37,11 @@ def divisor(total: int, at_most: int, unit: int = 1) -> int:
     fits = [d for d in range(1, count + 1) if count % d == 0 and d * unit <= at_most]
     best = max(fits, default=1) * unit
     return best if 8 * best >= min(at_most, total) or total <= at_most else total
+
+
+def block() -> int:
+    """Weights dequantised at a time, at most, where this is traced for."""
+    return GPU_BLOCK if costs.xla_machine() is costs.GPU else BLOCK
 
 
 def forward(
@@ -53,7 +60,7 @@ def forward(
     always ``partial``.
     """
     (k, n), m = w.shape, x.shape[0]
-    size = divisor(n, max(1, BLOCK // k))
+    size = divisor(n, max(1, block() // k))
 
     def columns(w: LowBit, bias: jax.Array | None) -> jax.Array:
         y, scale = _product(x, w, placement)
@@ -124,7 +131,7 @@ def _integers(x: Rows, w: LowBit) -> jax.Array:
 def dx(dy: jax.Array, w: LowBit, *, dtype: Any, blocks: Any = None) -> jax.Array:
     """``dy w^T`` with w rounded to dy's dtype, a block of rows at a time."""
     (k, n), m = w.shape, dy.shape[0]
-    size = divisor(k, max(1, BLOCK // n), row_unit(w))
+    size = divisor(k, max(1, block() // n), row_unit(w))
 
     def rows(w: LowBit) -> jax.Array:
         wide = tiles.weights(w.codes(), w.scale, w.zero, dy.dtype)

@@ -47,9 +47,9 @@ def pallas_tpu(
         raise NotImplementedError(f"a window of {window} keys; {WIDEST} fit")
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"dtype {q.dtype}")
-    halo = _power(window - 1, 16)
-    block = max(halo, min(STEP, _power(length, TILE)))
-    how = _How(
+    halo = power(window - 1, 16)
+    block = max(halo, min(STEP, power(length, TILE)))
+    how = How(
         tiles=Tiles(window=window, halo=halo, group=heads // key_heads, scale=scale),
         batch=batch, length=length, key_heads=key_heads, dim=dim, value_dim=v.shape[3],
         block=block, marked=marks is not None,
@@ -60,13 +60,13 @@ def pallas_tpu(
     return _attend(how, q, k, v, marks)
 
 
-def _power(n: int, least: int) -> int:
+def power(n: int, least: int) -> int:
     """The smallest power of two that is at least ``n`` and ``least``."""
     return 1 << (max(n, least) - 1).bit_length()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _How:
+class How:
     """What is static of one call; ``marked``: there are segments or places without keys."""
 
     tiles: Tiles
@@ -186,9 +186,9 @@ class _How:
         return whole(self.queries, q), k, v, tuple(ref[...] for ref in marks)
 
 
-def _call(
+def call(
     body: Any,
-    how: _How,
+    how: How,
     order: str,
     inputs: list[Any],
     outputs: list[Any],
@@ -217,7 +217,7 @@ def _call(
     )(*[x for x, _ in inputs])
 
 
-def _forward_body(how: _How, *refs: Any) -> None:
+def _forward_body(how: How, *refs: Any) -> None:
     *refs, o_ref, lse_ref, top_ref = refs
     c = pl.program_id(2)
     q, k, v, marks = how.read(c, refs)
@@ -234,7 +234,7 @@ def _forward_body(how: _How, *refs: Any) -> None:
 def _attend(how, q, k, v, marks):
     at = lambda c: c
     rows = (how.rows, jnp.float32, how.row_spec(at))
-    o, lse, top = _call(
+    o, lse, top = call(
         partial(_forward_body, how),
         how,
         "parallel",
@@ -250,23 +250,30 @@ def _attend_forward(how, q, k, v, marks):
     return _attend(how, q, k, v, marks), (q, k, v, marks)
 
 
-def _backward_body(how: _How, *refs: Any) -> None:
+def start_block(how: How, *sums: Any) -> None:
+    """Sums over a block's keys and those before it, ``[halo + C, D]``: the last keys keep what
+    later queries gave them, when a grid walks the blocks from the last to the first."""
+    block, halo = how.block, how.tiles.halo
+
+    @pl.when(pl.program_id(2) == 0)
+    def _():
+        for total in sums:
+            total[:halo] = jnp.zeros((halo, total.shape[1]), jnp.float32)
+
+    for total in sums:
+        late = total[:halo]
+        total[:block] = jnp.zeros((block, total.shape[1]), jnp.float32)
+        total[block:] = late
+
+
+def _backward_body(how: How, *refs: Any) -> None:
     *refs, do_ref, dlse_ref, dq_ref, dk_ref, dv_ref, dk_sum, dv_sum = refs
     block, halo = how.block, how.tiles.halo
     c = pl.num_programs(2) - 1 - pl.program_id(2)
     q, k, v, marks = how.read(c, refs)
     do = how.outputs.read(do_ref, c).astype(do_ref.dtype)
 
-    @pl.when(pl.program_id(2) == 0)
-    def _():
-        for total in (dk_sum, dv_sum):
-            total[:halo] = jnp.zeros((halo, total.shape[1]), jnp.float32)
-
-    # What later queries gave to the last keys of this block.
-    for total in (dk_sum, dv_sum):
-        late = total[:halo]
-        total[:block] = jnp.zeros((block, total.shape[1]), jnp.float32)
-        total[block:] = late
+    start_block(how, dk_sum, dv_sum)
     parts = []
     for at in range(0, block, TILE):
         tile = how.tiles.cut(at, q, k, v, marks, c * block)
@@ -287,7 +294,7 @@ def _attend_backward(how, saved, cotangents):
     place = lambda b, h, c: (b, h, at(c))
     grads = [(q, how.queries), (k, how.keys), (v, how.values)]
     rows = how.block + how.tiles.halo
-    found = _call(
+    found = call(
         partial(_backward_body, how),
         how,
         "arbitrary",

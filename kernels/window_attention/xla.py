@@ -21,9 +21,11 @@ def xla(
     if marks is None:
         marks = tuple(jnp.zeros(x.shape[:2], jnp.int32) for x in (q, k))
     before = min(window, k.shape[1])
+    size = min(length, max(BLOCK, before))
+    if k.shape[1] == size:
+        before = 0
     mine, theirs = marks[0], _with_before(marks[1], before, length, NOBODY)
     k, v = (_with_before(x, before, length, 0) for x in (k, v))
-    size = min(length, max(BLOCK, before))
     count = -(-length // size)
     pad = count * size - length
 

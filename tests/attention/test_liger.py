@@ -11,6 +11,7 @@ import pytest
 import flora_jax as flora
 from flora_jax.attention import GLA, Inputs, Liger, Sizes
 from flora_jax.core.errors import ConfigError
+from flora_jax.kernels import dispatch
 from flora_jax.models import registry
 from flora_jax.models.llama import Llama
 from flora_jax.models.llama_config import LlamaConfig
@@ -147,6 +148,14 @@ def test_gla_is_its_recurrence():
                 o = 0.5 * q[b, t, n] @ state
                 o = o / np.sqrt(np.mean(o**2) + 1e-5) * p["norm"] * gated[n]
                 np.testing.assert_allclose(out[b, t, n], o, atol=1e-5)
+
+
+def test_one_kernel_and_two_ops_are_the_same_attention():
+    """Without padding or segments the TPU kernel takes both parts at once."""
+    q, k, v = qkv(length=70)
+    wanted = attend(Liger(window=5), q, k, v)
+    with dispatch.interpret(), dispatch.use("pallas_tpu"):
+        np.testing.assert_allclose(attend(Liger(window=5), q, k, v), wanted, atol=1e-5)
 
 
 def test_bad_settings_are_refused():

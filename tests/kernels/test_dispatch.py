@@ -55,6 +55,21 @@ def test_a_choice_is_final_and_says_why():
     assert dispatch.run("op", TABLE, 3, implementation=("reference", "xla")) == ("xla", 3)
 
 
+def test_one_that_expects_to_be_slower_gives_way_if_another_can_run(caplog):
+    table = TABLE | {"reference": lambda x: ("reference", x)}
+    slow = lambda x: f"{x} is many" if x > 2 else None
+    run = lambda x, *names: dispatch.run(
+        "large", table, x, implementation=names, yields={"reference": slow}
+    )
+    assert run(1, "reference", "xla") == ("reference", 1)
+    with caplog.at_level(logging.INFO, logger="flora_jax.kernels"):
+        assert run(3, "reference", "xla") == ("xla", 3)
+    assert "large runs as xla (reference: 3 is many)" in caplog.text
+    assert run(3, "reference") == ("reference", 3)
+    with dispatch.target("tpu"):
+        assert run(3, "reference", "pallas_tpu", "mosaic_gpu") == ("reference", 3)
+
+
 def test_argument_before_context_before_environment(monkeypatch):
     monkeypatch.setenv(dispatch.VARIABLE, "reference,xla")
     assert dispatch.chosen(None) == ("reference", "xla")

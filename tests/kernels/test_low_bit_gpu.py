@@ -1,13 +1,17 @@
-"""The Hopper kernels of low_bit_matmul: tile arithmetic, jax's GPU interpreter, compiled for H100.
+"""The Hopper kernels of low_bit_matmul: jax's GPU interpreter, compiled for H100.
 
 The interpreter, which jax has since 0.12, runs everything but the matrix unit (see ``_product``).
 """
+
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from low_bit import RNG, rounded, rows_of
+from low_bit import normal as low_bit_normal
 
 from flora_jax.kernels import aot, dispatch, hopper
 from flora_jax.kernels.low_bit_matmul import (
@@ -17,90 +21,12 @@ from flora_jax.kernels.low_bit_matmul import (
     low_bit,
     low_bit_matmul,
     mosaic_gpu,
-    pack,
-    quantize,
-    tiles,
 )
-from flora_jax.kernels.low_bit_matmul.blocks import Blocks, parts
-
-RNG = np.random.default_rng(0)
-rounded = jax.jit(quantize, static_argnums=1, static_argnames=("group", "symmetric", "tile"))
+from flora_jax.kernels.low_bit_matmul.blocks import Blocks
 
 
 def normal(*shape, dtype=jnp.bfloat16):
-    return jnp.asarray(RNG.standard_normal(shape, np.float32)).astype(dtype)
-
-
-# The arithmetic of a tile
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_halves_of_every_byte_are_its_codes(dtype):
-    every = jnp.arange(-128, 128, dtype=jnp.int8)[:, None]
-    halves = tiles.halves(every, jnp.dtype(dtype))
-    for got, unit, codes in zip(halves, tiles.UNITS, tiles.nibbles(every)):
-        assert got.dtype == dtype
-        np.testing.assert_array_equal(got.astype(jnp.float32) * unit, codes)
-
-
-@pytest.mark.parametrize("unit", tiles.UNITS)
-@pytest.mark.parametrize("axis", [0, 1])
-def test_differences_to_zero_points_are_exact_and_scales_round_once(unit, axis):
-    codes = jnp.asarray(RNG.integers(-8, 8, (16, 8)))
-    zero = jnp.asarray(RNG.integers(-128, 128, (16, 8)[axis]), jnp.int8)
-    scale = jnp.asarray(RNG.random((16, 8)[axis]), jnp.float32)
-    expand = (lambda v: v[:, None]) if axis == 0 else (lambda v: v[None])
-    given = (codes / unit).astype(jnp.bfloat16)
-    centred = tiles.centred(given, zero, unit, axis)
-    exact = codes - expand(zero.astype(jnp.int32))
-    np.testing.assert_array_equal(centred.astype(jnp.float32) * unit, exact)
-    got = tiles.rescaled(centred, scale * unit, axis)
-    np.testing.assert_array_equal(got, (exact * expand(scale)).astype(jnp.bfloat16))
-
-
-def test_steps_of_a_group_are_added_in_int32():
-    """Beyond 2^24, where float32 sums would round."""
-    steps = jnp.asarray(RNG.integers(-(2**23), 2**23, (8, 3)), jnp.float32)
-    steps = steps.at[:4, 0].set(2.0**23 - 1)
-    carried, got = jnp.zeros(3, jnp.int32), []
-    for t, y in enumerate(steps):
-        y, carried = tiles.whole_group(y, carried, jnp.array((t + 1) % 4 == 0))
-        got.append(y)
-    exact = np.asarray(steps, np.int64).reshape(2, 4, 3).sum(1).astype(np.float32)
-    np.testing.assert_array_equal(np.stack(got)[3::4], exact)
-    np.testing.assert_array_equal(np.delete(np.stack(got), [3, 7], 0), 0.0)
-
-
-# Cuts
-
-
-@pytest.mark.parametrize("k, tile, group", [(1024, 512, 128), (512, 256, 512), (256, 256, 64)])
-def test_every_weight_row_belongs_to_one_step_and_its_group(k, tile, group):
-    rows = jnp.arange(k)
-    # The parities of row numbers and of halves, packed, say where each row went.
-    stored = pack(((rows // 32) % 8)[:, None].astype(jnp.int8), tile)
-    w = rounded(normal(k, 64), "int4", group=group, tile=tile)
-    cut = cuts.forward(4, w)
-    found = []
-    for step in range(cut.steps * cut.splits):
-        at = step * cut.k
-        for part, codes in enumerate(tiles.nibbles(stored[at : at + cut.k])):
-            row = int(cuts.weight_row(w, at, part))
-            np.testing.assert_array_equal(codes[:, 0], (rows[row : row + cut.k] // 32) % 8)
-            assert row // group == (row + cut.k - 1) // group
-            found += range(row, row + cut.k)
-    assert sorted(found) == list(range(k))
-
-
-@pytest.mark.parametrize("spec", arg_specs.LARGE, ids=lambda spec: spec.name)
-def test_the_benchmark_s_products_fill_the_device(spec):
-    w, integer = spec.weight(), spec.x_format == "int8"
-    cut = cuts.forward(spec.m, w, whole_groups=integer)
-    assert cut.rows * cut.m >= spec.m and cut.steps * cut.splits * cut.k * parts(w) == spec.k
-    assert spec.n // cut.n * cut.rows * cut.splits >= (112 if integer else 132)
-    back = cuts.dx(spec.m, w)
-    assert back.steps * back.splits * back.n == spec.n
-    assert spec.k // parts(w) // back.k * back.rows * back.splits >= 132
+    return low_bit_normal(*shape, dtype=dtype)
 
 
 # The kernels in jax's interpreter
@@ -173,6 +99,53 @@ def test_integers_are_those_of_int64(interpreted, tile, group):
     np.testing.assert_array_equal(y, truth.astype(np.float32) * scale[:1])
 
 
+@pytest.fixture
+def eight(monkeypatch):
+    """The 8-bit unit wherever it can be used."""
+    monkeypatch.setattr(cuts, "CLEARLY", math.inf)
+
+
+EIGHT = [(8, "int8", None, None), (1, "int4", 128, 256), (1, "int4", None, 512)]
+
+
+@pytest.mark.parametrize("interpreted, format, group, tile", EIGHT, indirect=["interpreted"])
+@pytest.mark.interpreter
+def test_integers_in_8_bits_are_those_of_int64(interpreted, eight, format, group, tile):
+    """Sums of one group beyond 2^24, where those of float32 would round."""
+    top, k = (8, 512) if format == "int4" else (128, 2048)
+    draw = lambda low, high, *shape: jnp.asarray(RNG.integers(low, high, shape), jnp.int8)
+    codes = draw(-top, top, k, 128).at[:, 0].set(top - 1)
+    count = k // (group or k)
+    scale = RNG.random((1, 128), np.float32) if count == 1 else np.ones((count, 128), np.float32)
+    w = low_bit(codes, scale, format=format, tile=tile)
+    x = draw(-128, 128, 40, k).at[0].set(127)
+    rows = Rows(values=x, scale=jnp.ones((40, 1)))
+    assert cuts.choose(rows, w, jnp.float32).bits == 8
+    y = low_bit_matmul(rows, w, implementation="mosaic_gpu")
+    truth = np.asarray(x, np.int64) @ np.asarray(codes, np.int64)
+    np.testing.assert_array_equal(y, truth.astype(np.float32) * scale[:1])
+
+
+@pytest.mark.parametrize(
+    "interpreted, format, group, tile",
+    [(8, "float8_e4m3fn", None, None), (1, "float8_e4m3fn", 256, None), (1, "int4", 128, 512)],
+    indirect=["interpreted"],
+)
+@pytest.mark.interpreter
+def test_float8_rows_in_8_bits(interpreted, eight, format, group, tile):
+    """With the scales of rows, a bias and an activation; sums in one program and in several."""
+    w = rounded(normal(512, 128), format, group=group, tile=tile)
+    x, bias = normal(40, 512), normal(128, dtype=jnp.float32)
+
+    def f(implementation):
+        given = {"bias": bias, "activation": "relu", "dtype": jnp.float32}
+        return low_bit_matmul(
+            x, w, x_format="float8_e4m3fn", implementation=implementation, **given
+        )
+
+    np.testing.assert_allclose(f("mosaic_gpu"), f("reference"), rtol=1e-5, atol=2e-4)
+
+
 # What is refused
 
 
@@ -204,6 +177,20 @@ def test_runs_only_when_asked_for():
         assert "wgmma" in str(jax.make_jaxpr(asked)(x, w))
 
 
+def test_many_rows_go_to_xla_unless_the_kernel_alone_is_asked_for():
+    spec = arg_specs.Spec(m=1024, k=4096, n=14336, format="int8")
+    args = spec.x(), spec.weight()
+    product = lambda choice: lambda x, w: low_bit_matmul(x, w, implementation=choice)
+    gradient = lambda choice: jax.grad(lambda x, w: product(choice)(x, w).sum().astype(float))
+    text = lambda f: str(jax.make_jaxpr(f)(*args))
+    with dispatch.target("sm90"):
+        for way in (product, gradient):
+            assert "wgmma" in text(way("mosaic_gpu"))
+            either = text(way(("mosaic_gpu", "xla")))
+            # All of the weight at once.
+            assert "wgmma" not in either and "while" not in either
+
+
 # Compiled
 
 
@@ -230,6 +217,32 @@ def test_compiles_forward_and_backward(spec, aot_target):
         assert got.kernels.count("mosaic_gpu_v2") == 1
         # Nothing of the size of the dense weight is written.
         assert got.temporary < spec.k * spec.n
+
+
+EIGHT_BITS = [s for s in arg_specs.LARGE if s.m == 256 and s.x_format and s.name[:4] != "w8a8"]
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("aot_target", ["h100"], indirect=True)
+@pytest.mark.parametrize("spec", EIGHT_BITS, ids=lambda spec: spec.name)
+def test_compiles_in_8_bits(spec, aot_target):
+    assert cuts.choose(rows_of(spec), spec.weight(), jnp.bfloat16).bits == 8
+    got = aot.compile(program(spec, "forward"), spec.x(), spec.weight(), target=aot_target)
+    assert got.kernels.count("mosaic_gpu_v2") == 1
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("aot_target", ["h100"], indirect=True)
+@pytest.mark.parametrize("kind", [{"format": "int8"}, {"format": "int8", "x_format": "int8"}])
+def test_many_rows_compile_as_one_product_of_xla(kind, aot_target):
+    spec = arg_specs.Spec(m=1024, k=4096, n=14336, **kind)
+    f = lambda x, w: low_bit_matmul(
+        x, w, x_format=spec.x_format, implementation=("mosaic_gpu", "xla")
+    )
+    got = aot.compile(f, spec.x(), spec.weight(), target=aot_target)
+    assert "mosaic_gpu_v2" not in got.kernels
+    # The weight in bfloat16, or the result in int32.
+    assert got.temporary <= 1.05 * max(2 * spec.k * spec.n, 4 * spec.m * spec.n)
 
 
 @pytest.mark.aot
