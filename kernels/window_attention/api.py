@@ -33,6 +33,7 @@ def window_attention(
     scale: float | None = None,
     valid: Array | None = None,
     segment_ids: Array | None = None,
+    block: int | None = None,
     implementation: dispatch.Choice = None,
 ) -> tuple[Array, Array, Array]:
     """Softmax attention of each query over the last ``window`` keys, its own included.
@@ -50,6 +51,7 @@ def window_attention(
       scale: ``D ** -0.5`` by default.
       valid: ``[B, S]``, false where there is no key.
       segment_ids: ``[B, S]``; a query sees keys of its own segment and of segment -1.
+      block: queries of a step of the TPU kernels; default by their cost model.
       implementation: see :mod:`flora_jax.kernels.dispatch`.
 
     Returns:
@@ -67,12 +69,15 @@ def window_attention(
     ((1, 5, 4, 8), (1, 5, 4))
     """
     _check(q, k, v, window, valid, segment_ids)
+    if block is not None and block < 1:
+        raise ConfigError(f"window_attention: a block of {block} queries")
     return dispatch.run(
         "window_attention",
         TABLE,
         *together(q, k, v, _marks(q.shape[1], valid, segment_ids)),
         window=window,
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
+        block=block,
         implementation=implementation,
     )
 

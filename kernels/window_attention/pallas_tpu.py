@@ -9,6 +9,7 @@ their block.
 from __future__ import annotations
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -18,22 +19,34 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from flora_jax.kernels import dispatch
+from flora_jax.kernels import costs, dispatch
 from flora_jax.kernels.heads import Heads
 from flora_jax.kernels.window_attention.reference import Marks
 from flora_jax.kernels.window_attention.tiles import TILE, Tiles
 
-STEP = 512
-"""Queries of a grid step at most, unless the window is wider: a step has a fixed cost."""
+BLOCKS = (128, 256, 512, 1024)
+"""Queries of a grid step, which is a program of its tiles one after another."""
+SOFTMAX = 12
+"""Element-wise operations per score, about."""
 WIDEST = 513
 VMEM = 96 * 2**20
 """Bytes of VMEM that one kernel may ask for."""
 
 
 def pallas_tpu(
-    q: Array, k: Array, v: Array, marks: Marks, *, window: int, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    marks: Marks,
+    *,
+    window: int,
+    scale: float,
+    block: int | None = None,
 ) -> tuple[Array, Array, Array]:
     """The results of the op.
+
+    Args:
+      block: queries of a grid step; default by a cost model (``kernels/costs.py``).
 
     Raises:
       NotImplementedError: keys before the first query, a window of more than 513 keys, dtypes
@@ -48,16 +61,20 @@ def pallas_tpu(
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"dtype {q.dtype}")
     halo = power(window - 1, 16)
-    block = max(halo, min(STEP, power(length, TILE)))
+    least, most = max(halo, TILE), max(halo, power(length, TILE))
     how = How(
         tiles=Tiles(window=window, halo=halo, group=heads // key_heads, scale=scale),
         batch=batch, length=length, key_heads=key_heads, dim=dim, value_dim=v.shape[3],
-        block=block, marked=marks is not None,
+        block=least, marked=marks is not None,
     )  # fmt: skip
-    need = how.step_bytes()
-    if need > VMEM:
-        raise NotImplementedError(f"a step needs {need >> 20} MiB of VMEM of {VMEM >> 20}")
-    return _attend(how, q, k, v, marks)
+    candidates = [n for n in BLOCKS if least <= n <= most] if block is None else [block]
+    block = costs.cheapest(
+        candidates,
+        refusal=lambda block: dataclasses.replace(how, block=block).refusal(),
+        seconds=lambda block: dataclasses.replace(how, block=block).seconds(q.dtype),
+        what=f"block of queries for a window of {window}",
+    )
+    return _attend(dataclasses.replace(how, block=block), q, k, v, marks)
 
 
 def power(n: int, least: int) -> int:
@@ -124,6 +141,26 @@ class How:
         blocks = 2 * self.block * (group * 3 + 4) * wide + 2 * halo * wide
         sums = 2 * (self.block + halo) * wide
         return 4 * (blocks + sums + 6 * (TILE + halo) * group * TILE)
+
+    def refusal(self) -> str | None:
+        """Why the kernels cannot take this block, or None."""
+        least = max(self.tiles.halo, TILE)
+        if self.block % least:
+            return f"a block of {self.block} is no multiple of {least}"
+        need = self.step_bytes()
+        if need > VMEM:
+            return f"a step of {self.block} needs {need >> 20} MiB of VMEM of {VMEM >> 20}"
+        return None
+
+    def seconds(self, dtype: Any) -> float:
+        """An estimate that orders blocks: longer ones make fewer steps and read fewer keys twice,
+        and have more of their last behind the end."""
+        steps = math.prod(self.grid)
+        rows = self.tiles.group * self.block + self.block + self.tiles.halo
+        moved = steps * rows * (self.dim + self.value_dim) * jnp.dtype(dtype).itemsize
+        scores = steps * self.tiles.group * self.block * (self.tiles.halo + TILE)
+        work = costs.Work(flops=self.flops, bytes=moved)
+        return costs.TPU.seconds(work, SOFTMAX * scores, steps)
 
     def split_rows(self, x: Array) -> Array:
         """From ``[B, T, N]``."""

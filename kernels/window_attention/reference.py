@@ -23,9 +23,16 @@ def seen(marks: Marks) -> Array | bool:
 
 
 def reference(
-    q: Array, k: Array, v: Array, marks: Marks, *, window: int, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    marks: Marks,
+    *,
+    window: int,
+    scale: float,
+    block: int | None = None,
 ) -> tuple[Array, Array, Array]:
-    """The results of the op; query i stands at key ``S - T + i``."""
+    """The results of the op; query i stands at key ``S - T + i``. ``block``: of the TPU kernels."""
     batch, length, heads, dim = q.shape
     keys, key_heads = k.shape[1:3]
     gap = keys - length + jnp.arange(length)[:, None] - jnp.arange(keys)

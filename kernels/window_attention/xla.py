@@ -13,9 +13,16 @@ BLOCK = 64
 
 
 def xla(
-    q: Array, k: Array, v: Array, marks: Marks, *, window: int, scale: float
+    q: Array,
+    k: Array,
+    v: Array,
+    marks: Marks,
+    *,
+    window: int,
+    scale: float,
+    block: int | None = None,
 ) -> tuple[Array, Array, Array]:
-    """The results of the op, differentiated by jax."""
+    """The results of the op, differentiated by jax; ``block`` is of the TPU kernels."""
     batch, length, heads, dim = q.shape
     key_heads = k.shape[2]
     if marks is None:

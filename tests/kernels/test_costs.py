@@ -1,14 +1,18 @@
 """How sizes are chosen: the cheapest candidate that fits, and what each op's model prefers."""
 
 import dataclasses
+import re
+from functools import partial
 
+import jax
 import jax.numpy as jnp
 import pytest
 
 from flora_jax.core.errors import ConfigError
-from flora_jax.kernels import costs
+from flora_jax.kernels import costs, dispatch
 from flora_jax.kernels.block_sparse_attention import Steps, arg_specs, layout, sizes
 from flora_jax.kernels.gated_linear_attention import chunks
+from flora_jax.kernels.window_attention import window_attention
 
 
 def test_the_bound_is_memory_or_arithmetic_whichever_is_longer():
@@ -93,3 +97,17 @@ def test_longer_rows_make_longer_segments_of_the_keys_gradient():
 def test_steps_of_no_block_are_refused():
     with pytest.raises(ConfigError, match=r"Steps\(queries=0\): at least 1"):
         Steps(queries=0)
+
+
+def test_long_sequences_get_long_blocks_of_queries_unless_they_are_padding():
+    """By the grid of a window's kernel."""
+
+    def grid(length, **how):
+        call = partial(window_attention, window=64, implementation="pallas_tpu", **how)
+        q = jax.ShapeDtypeStruct((1, length, 2, 128), jnp.bfloat16)
+        return re.findall(r"grid=\(1, 2, (\d+)\)", str(jax.make_jaxpr(call)(q, q, q)))
+
+    with dispatch.target("tpu"):
+        assert (grid(4096), grid(4096, block=256)) == (["4"], ["16"])
+        # Of two blocks of 1024 nearly half would lie behind the end.
+        assert (grid(100), grid(1100)) == (["1"], ["3"])

@@ -14,7 +14,7 @@ from recurrence import BFLOAT16, BFLOAT16_GRADIENT, FLOAT32, assert_close
 
 from flora_jax.core.errors import ConfigError
 from flora_jax.kernels import aot, dispatch
-from flora_jax.kernels.window_attention import pallas_tpu, window_attention
+from flora_jax.kernels.window_attention import window_attention
 from flora_jax.kernels.window_attention.arg_specs import BENCH, Spec
 
 SIMULATED = pltpu.InterpretParams(
@@ -44,14 +44,15 @@ def results(spec, args, **options):
     return outputs, grads
 
 
-def agree(spec, implementation, seed=0):
+def agree(spec, implementation, seed=0, **options):
     args = spec.draw(jax.random.key(seed))
     limits = (FLOAT32, FLOAT32)
     if spec.dtype == "bfloat16":
         limits = BFLOAT16, BFLOAT16_GRADIENT
     exact = [x.astype(jnp.float32) for x in args[:3]]
     wanted = results(spec, (*exact, *args[3:]), implementation="reference")
-    for got, want, limit in zip(results(spec, args, implementation=implementation), wanted, limits):
+    options["implementation"] = implementation
+    for got, want, limit in zip(results(spec, args, **options), wanted, limits):
         want = jax.tree.map(lambda x, y: x.astype(y.dtype), want, got)
         assert_close(got, want, limit)
 
@@ -162,26 +163,25 @@ SMALL = {
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_simulated_tpu_equals_all_pairs_masked(monkeypatch, capfd, name):
+def test_simulated_tpu_equals_all_pairs_masked(capfd, name):
     """Memory starts as NaN, so that whatever is read before it is written shows."""
-    monkeypatch.setattr(pallas_tpu, "STEP", 128)
+    block = 256 if SMALL[name].window > 129 else 128
     with dispatch.interpret(SIMULATED):
-        agree(SMALL[name], "pallas_tpu", seed=1)
+        agree(SMALL[name], "pallas_tpu", seed=1, block=block)
     assert "RACE" not in capfd.readouterr().out
 
 
-def test_a_step_of_several_tiles(monkeypatch):
+def test_a_step_of_several_tiles():
     """Two tiles of queries in a step, with and without keys of the block before."""
     spec = Spec(length=500, heads=1, key_heads=1, dim=128, window=64)
-    monkeypatch.setattr(pallas_tpu, "STEP", 256)
     with dispatch.interpret(SIMULATED):
-        agree(spec, "pallas_tpu")
+        agree(spec, "pallas_tpu", block=256)
 
 
 def test_what_the_kernel_cannot_do_runs_as_xla():
     q, k, v = GROUPED.draw(jax.random.key(0))
-    on_tpu = lambda *a, window=64: run(
-        dataclasses.replace(GROUPED, window=window), *a, implementation="pallas_tpu"
+    on_tpu = lambda *a, window=64, **options: run(
+        dataclasses.replace(GROUPED, window=window), *a, implementation="pallas_tpu", **options
     )
     with dispatch.target("tpu"):
         run(GROUPED, q[:, -1:], k, v)
@@ -189,10 +189,16 @@ def test_what_the_kernel_cannot_do_runs_as_xla():
             on_tpu(q[:, -1:], k, v)
         with pytest.raises(NotImplementedError, match="a window of 514 keys; 513 fit"):
             on_tpu(q, k, v, window=514)
+        with pytest.raises(NotImplementedError, match="a block of 192 is no multiple of 128"):
+            on_tpu(q, k, v, block=192)
+        with pytest.raises(NotImplementedError, match="a block of 256 is no multiple of 512"):
+            on_tpu(q, k, v, window=513, block=256)
+        with pytest.raises(NotImplementedError, match="a step of 65536 needs"):
+            on_tpu(q, k, v, block=65536)
         with pytest.raises(NotImplementedError, match="dtype float16"):
             on_tpu(*(x.astype(jnp.float16) for x in (q, k, v)))
         large = Spec(length=512, heads=64, key_heads=1, dim=256, window=64).arguments()
-        with pytest.raises(NotImplementedError, match="a step needs .* MiB of VMEM of 96"):
+        with pytest.raises(NotImplementedError, match="a step of 128 needs .* MiB of VMEM of 96"):
             jax.eval_shape(on_tpu, *large)
 
 
