@@ -58,6 +58,16 @@ def float_tiles(*shape: int) -> Any:
     return plgpu.SMEM(shape, jnp.float32, transforms=FLOAT_TRANSFORMS)
 
 
+def whole(x: Array, block: int) -> Array:
+    """``x [B, T, ...]`` as kernels may copy it by blocks of tokens, of which the last may be short.
+
+    A copy into :func:`tiles` is zero behind the end, one from there is cut off: so does the device,
+    tile by tile of 8 tokens. jax's interpreter refuses such copies; there the zeros are in ``x``.
+    """
+    missing = -x.shape[1] % (block if dispatch.interpret_mode() else TRANSFORMS[0].tiling[0])
+    return jnp.pad(x, ((0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2))) if missing else x
+
+
 def load(ref: Any, layout: Any, *, shared: bool = True) -> Array:
     """An array in registers, from shared memory, or else the device's (slow: for small ones)."""
     # jax 0.10 takes an index, which jax 0.12 has no argument for.

@@ -108,7 +108,7 @@ def dq(shape: Shape, u: int, place: Any, table: Any, *refs: Any) -> None:
         k, v = (keys(shape).real(x[...], block) for x in (k, v))
         s = _scores(shape, q[...], k, block, real)
         dp = _dot(v, do[...], (1, 1))
-        _, ds = tile.score_gradient(s, dp, lse2[...], terms[...], ROWS)
+        ds = tile.score_gradient(tile.weights(s, lse2[...], ROWS), dp, terms[...], ROWS)
         acc[...] += _dot(k, ds.astype(q.dtype), (0, 0))
 
     @pl.when(pl.program_id(2) == pl.num_programs(2) - 1)
@@ -138,7 +138,8 @@ def dkv(shape: Shape, u: int, *refs: Any) -> None:
             q, do = (queries(shape).real(x[...], row) for x in (qs[r], dos[r]))
             s = _scores(shape, q, k[...], None)
             dp = _dot(v[...], do, (1, 1))
-            p, ds = tile.score_gradient(s, dp, lse2s[r][...], terms[r][...], ROWS)
+            p = tile.weights(s, lse2s[r][...], ROWS)
+            ds = tile.score_gradient(p, dp, terms[r][...], ROWS)
             dv_sum[...] += _dot(p.astype(k.dtype), do, (1, 0))
             dk_sum[...] += _dot(ds.astype(k.dtype), q, (1, 0))
 

@@ -186,16 +186,6 @@ def unfold_queries(shape: Shape, x: Array) -> Array:
     return jnp.swapaxes(x[:, :, : shape.queries], 1, 2)
 
 
-def fold_keys(shape: Shape, x: Array) -> Array:
-    """``[B, S, K, H] -> [B * K, S', H]``."""
-    return by_head(x, shape.block_k).reshape(shape.batch * shape.key_heads, -1, shape.width)
-
-
-def unfold_keys(shape: Shape, x: Array) -> Array:
-    """The inverse of ``fold_keys``."""
-    return by_token(x.reshape(shape.batch, shape.key_heads, -1, shape.width), shape.keys)
-
-
 def fold_table(shape: Shape, table: Array) -> Array:
     """``[B, N, N_q, n] -> [B * K, R * N_q, n]``, rows as ``fold_queries`` has the blocks."""
     return table.reshape(shape.batch * shape.key_heads, -1, shape.entries)

@@ -65,14 +65,17 @@ def log_sum(top: Array, total: Array) -> Array:
     return top / LOG2E + jnp.log(total)
 
 
-def score_gradient(s: Array, dp: Array, lse2: Array, terms: Array, rows: Rows) -> tuple[Array, ...]:
-    """Weights, and the gradient of ``scale q k``, of a tile.
+def weights(s: Array, lse2: Array, rows: Rows) -> Array:
+    """Of a tile of base-2 scores; ``lse2``: base-2 log of the softmax's sum, per query."""
+    return jnp.exp2(s - rows.spread(lse2, s))
+
+
+def score_gradient(p: Array, dp: Array, terms: Array, rows: Rows) -> Array:
+    """The gradient of ``scale q k``, of a tile.
 
     Args:
-      s: base-2 scores.
+      p: weights.
       dp: ``do v``.
-      lse2: base-2 log of the softmax's sum, per query.
       terms: ``rowsum(o do) - dlse``, per query.
     """
-    p = jnp.exp2(s - rows.spread(lse2, s))
-    return p, p * (dp - rows.spread(terms, dp))
+    return p * (dp - rows.spread(terms, dp))
