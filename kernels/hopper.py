@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -114,13 +113,10 @@ class Ring:
             for source, buffer in zip(sources(t), self.buffers):
                 plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
 
-        for t in range(self.slots):
-            pl.when(t < count)(functools.partial(copy, t, t))
-
-        @pl.loop(self.slots, jnp.maximum(count, self.slots))
+        @pl.loop(0, count)
         def _(t: Any) -> None:
             slot = lax.rem(t, jnp.array(self.slots, t.dtype))
-            plgpu.barrier_wait(self.free.at[slot])
+            pl.when(t >= self.slots)(lambda: plgpu.barrier_wait(self.free.at[slot]))
             copy(t, slot)
 
     def each(self, count: Any, body: Callable[..., Any], carry: Any) -> Any:

@@ -98,9 +98,7 @@ def _place() -> tuple[Any, ...]:
 
 
 def _split(number: Any, by: int) -> tuple[Any, Any]:
-    """Quotient and remainder, of integers or traced ones."""
-    if isinstance(number, int):
-        return divmod(number, by)
+    """Quotient and remainder."""
     by = jnp.array(by, number.dtype)
     return lax.div(number, by), lax.rem(number, by)
 

@@ -111,18 +111,17 @@ def _sizes(q: Array, k: Array, g: Array | None) -> _Sizes:
     )
 
 
-def _pad(x: Array) -> Array:
-    """Zeros behind the end up to whole chunks: they leave the state as it is."""
-    missing = -x.shape[1] % SIDE
-    return jnp.pad(x, ((0, 0), (0, missing), (0, 0), (0, 0))) if missing else x
-
-
 def _logs(g: Array | None) -> list[Array]:
-    """As the kernels read them: ``[B, T', H, K]``, for a gate per head ``[B, H, T']``."""
+    """As the kernels read them: ``[B, T, H, K]``, for a gate per head ``[B, H, T']``.
+
+    Zeros behind the end, like those of q, k and v, leave the state as it is.
+    """
     if g is None:
         return []
-    g = _pad(g.astype(jnp.float32))
-    return [g if g.shape[3] > 1 else g[..., 0].swapaxes(1, 2)]
+    g = g.astype(jnp.float32)
+    if g.shape[3] > 1:
+        return [hopper.whole(g, SIDE)]
+    return [jnp.pad(g[..., 0].swapaxes(1, 2), ((0, 0), (0, 0), (0, -g.shape[1] % SIDE)))]
 
 
 def _gate(m: Machine, logs: Sequence[Any], pair: tiles64.Pair) -> tiles64.Gate:
@@ -211,53 +210,85 @@ def _scan(
     return hopper.kernel(body, types, scratch, grid, 2)(x, y, *logs, first)
 
 
+def _fetch(
+    s: _Sizes, place: Sequence[Any], barrier: Any, queries: Any, keys: Any, logs: Any, states: Any
+) -> None:
+    """Starts the copies of a chunk's inputs, each into a warpgroup's own tiles.
+
+    Args:
+      place: chunk, query head, batch, warpgroup.
+      queries, keys, logs: pairs of references, from and to.
+      states: such pairs, each behind the head whose state it is.
+    """
+    c, n, b, wg = place
+    columns = _at(wg)
+    for head, pairs in ((n, queries), (n // s.group, keys)):
+        for source, tiles in pairs:
+            plgpu.copy_gmem_to_smem(source.at[b, _at(c), head, columns], tiles.at[wg], barrier)
+    for source, tiles in logs:
+        source = s.gate_of(source, b, c, n // s.group, columns)
+        plgpu.copy_gmem_to_smem(source, tiles.at[wg], barrier)
+    for head, source, tiles in states:
+        for u in range(s.width):
+            tile = source.at[b, head, c, columns, _at(u)]
+            plgpu.copy_gmem_to_smem(tile, tiles.at[wg, u], barrier)
+
+
+def _over_chunks(
+    s: _Sizes, body: Any, types: Any, tiles: int, states: int, arrived: Any
+) -> Callable[..., Any]:
+    """A program per chunk and query head, a warpgroup per 64 channels.
+
+    Args:
+      body: ``(*inputs, *outputs, tiles and states, decays, arrived, met)``.
+      tiles, states: how many of either a warpgroup has in shared memory.
+      arrived: barrier of the inputs.
+    """
+    shared = partial(hopper.tiles, s.width, dtype=jnp.bfloat16)
+    scratch = [
+        [*[shared(SIDE, SIDE)] * tiles, *[shared(s.width, SIDE, SIDE)] * states],
+        s.gates(s.width),
+        arrived,
+        plgpu.Barrier(num_arrivals=s.width),
+    ]
+    grid = {"chunk": s.chunks, "head": s.heads * s.group, "batch": s.batch}
+    return hopper.kernel(body, types, scratch, grid, s.width)
+
+
 def _outputs(
     s: _Sizes, scale: float, q: Array, k: Array, v: Array, logs: Sequence[Array], before: Array
 ) -> Array:
-    """``o``, a program per chunk and query head."""
+    """``o``."""
 
     def body(q_ref, k_ref, v_ref, *refs):
         *g_ref, before_ref, o_ref, tiles, decays, arrived, met = refs
         q, k, v, z, high, low, states = tiles
-        c, n, b, wg = _place()
-        h, at, mine = n // s.group, _at(c), _at(wg)
-        full, decays = arrived.at[wg], [x.at[wg] for x in decays]
-        copy = lambda source, tile: plgpu.copy_gmem_to_smem(source, tile, full)
-        for ref, tile in zip(g_ref, decays):
-            copy(s.gate_of(ref, b, c, h, mine), tile)
-        copy(q_ref.at[b, at, n, mine], q.at[wg])
-        copy(k_ref.at[b, at, h, mine], k.at[wg])
-        copy(v_ref.at[b, at, h, mine], v.at[wg])
-        for u in range(s.width):
-            copy(before_ref.at[b, h, c, mine, _at(u)], states.at[wg, u])
-        plgpu.barrier_wait(full)
+        c, n, b, wg = place = _place()
+        _fetch(
+            s, place, arrived.at[wg], [(q_ref, q)], [(k_ref, k), (v_ref, v)],
+            zip(g_ref, decays), [(n // s.group, before_ref, states)],
+        )  # fmt: skip
+        plgpu.barrier_wait(arrived.at[wg])
         m = Machine()
-        gate = _gate(m, decays, tiles64.Pair(high.at[wg], low.at[wg]))
+        gate = _gate(m, [x.at[wg] for x in decays], tiles64.Pair(high.at[wg], low.at[wg]))
         tiles64.forward(m, q.at[wg], k.at[wg], gate, z.at[wg])
         meet(met)
         each = lambda x: [x.at[u] for u in range(s.width)]
         o = tiles64.outputs(m, each(q), each(z), v.at[wg], each(states.at[wg]), scale)
         m.write(k.at[wg], o)
-        plgpu.copy_smem_to_gmem(k.at[wg], o_ref.at[b, at, n, mine])
+        plgpu.copy_smem_to_gmem(k.at[wg], o_ref.at[b, _at(c), n, _at(wg)])
         plgpu.wait_smem_to_gmem(0)
 
-    tiles = partial(hopper.tiles, s.width, dtype=jnp.bfloat16)
-    scratch = [
-        [*[tiles(SIDE, SIDE)] * 6, tiles(s.width, SIDE, SIDE)],
-        s.gates(s.width),
-        plgpu.Barrier(num_arrivals=3 + s.gated + s.width, num_barriers=s.width),
-        plgpu.Barrier(num_arrivals=s.width),
-    ]
-    types = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    grid = {"chunk": s.chunks, "head": s.heads * s.group, "batch": s.batch}
-    return hopper.kernel(body, types, scratch, grid, s.width)(q, k, v, *logs, before)
+    arrived = plgpu.Barrier(num_arrivals=3 + s.gated + s.width, num_barriers=s.width)
+    run = _over_chunks(s, body, jax.ShapeDtypeStruct(q.shape, q.dtype), 6, 1, arrived)
+    return run(q, k, v, *logs, before)
 
 
 def _gradients(
     s: _Sizes, scale: float, q: Array, k: Array, v: Array, logs: Sequence[Array], before: Array,
     do: Array, d_after: Array,
 ) -> tuple[Array, ...]:  # fmt: skip
-    """``(dq, dk, dv[, dg])``, each per query head; a program per chunk and query head.
+    """``(dq, dk, dv[, dg])``, each per query head.
 
     For a gate per head dg is ``[B, N, tiles, T']``, in as many parts as a head has tiles.
     """
@@ -267,21 +298,16 @@ def _gradients(
         g_ref, refs = refs[: len(logs)], refs[len(logs) :]
         before_ref, do_ref, d_after_ref, dq_ref, dk_ref, dv_ref, *dg_ref = refs
         q, k, v, do, z, keys, high, low, states, d_states = tiles
-        c, n, b, wg = _place()
-        h, at, mine = n // s.group, _at(c), _at(wg)
-        decays = [x.at[wg] for x in decays]
-        copy = lambda source, tile: plgpu.copy_gmem_to_smem(source, tile, arrived)
-        for ref, tile in zip(g_ref, decays):
-            copy(s.gate_of(ref, b, c, h, mine), tile)
-        copy(do_ref.at[b, at, n, mine], do.at[wg])
-        copy(v_ref.at[b, at, h, mine], v.at[wg])
-        copy(q_ref.at[b, at, n, mine], q.at[wg])
-        copy(k_ref.at[b, at, h, mine], k.at[wg])
-        for u in range(s.width):
-            copy(before_ref.at[b, h, c, mine, _at(u)], states.at[wg, u])
-            copy(d_after_ref.at[b, n, c, mine, _at(u)], d_states.at[wg, u])
+        c, n, b, wg = place = _place()
+        at, mine = _at(c), _at(wg)
+        _fetch(
+            s, place, arrived, [(do_ref, do), (q_ref, q)], [(v_ref, v), (k_ref, k)],
+            zip(g_ref, decays),
+            [(n // s.group, before_ref, states), (n, d_after_ref, d_states)],
+        )  # fmt: skip
         plgpu.barrier_wait(arrived)
         m, room = Machine(), tiles64.Pair(high.at[wg], low.at[wg])
+        decays = [x.at[wg] for x in decays]
         gate = _gate(m, decays, room)
         each = lambda x: [x.at[u] for u in range(s.width)]
         column = lambda x: [x.at[u, wg] for u in range(s.width)]
@@ -304,26 +330,20 @@ def _gradients(
         plgpu.copy_smem_to_gmem(v.at[wg], dv_ref.at[b, at, n, mine])
         plgpu.wait_smem_to_gmem(0)
 
-    tiles = partial(hopper.tiles, s.width, dtype=jnp.bfloat16)
-    scratch = [
-        [*[tiles(SIDE, SIDE)] * 8, *[tiles(s.width, SIDE, SIDE)] * 2],
-        s.gates(s.width),
-        plgpu.Barrier(num_arrivals=s.width * (4 + s.gated + 2 * s.width)),
-        plgpu.Barrier(num_arrivals=s.width),
-    ]
     types = [jax.ShapeDtypeStruct(q.shape, q.dtype)] * 3
     if s.gated:
-        parts = s.batch, q.shape[2], s.width, q.shape[1]
+        parts = s.batch, q.shape[2], s.width, s.chunks * SIDE
         types.append(jax.ShapeDtypeStruct(q.shape if s.gate == "channel" else parts, jnp.float32))
-    grid = {"chunk": s.chunks, "head": s.heads * s.group, "batch": s.batch}
-    run = hopper.kernel(body, types, scratch, grid, s.width)
+    arrived = plgpu.Barrier(num_arrivals=s.width * (4 + s.gated + 2 * s.width))
+    run = _over_chunks(s, body, types, 8, 2, arrived)
     return run(q, k, v, *logs, before, do, d_after)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(scale, q, k, v, g, state):
     s, length = _sizes(q, k, g), q.shape[1]
-    q, k, v, logs = _pad(q), _pad(k), _pad(v), _logs(g)
+    q, k, v = (hopper.whole(x, SIDE) for x in (q, k, v))
+    logs = _logs(g)
     before, last = _scan(s, k, v, logs, state.swapaxes(2, 3), tiles64.out, 1.0)
     out = _outputs(s, scale, q, k, v, logs, before)
     return out[:, :length], last.swapaxes(2, 3)
@@ -337,7 +357,8 @@ def _attend_backward(scale, saved, cotangents):
     q, k, v, g, state = like = saved
     d_out, d_last = cotangents
     s, length = _sizes(q, k, g), q.shape[1]
-    q, k, v, do, logs = _pad(q), _pad(k), _pad(v), _pad(d_out.astype(q.dtype)), _logs(g)
+    q, k, v, do = (hopper.whole(x, SIDE) for x in (q, k, v, d_out.astype(q.dtype)))
+    logs = _logs(g)
     before, _ = _scan(s, k, v, logs, state.swapaxes(2, 3), tiles64.out, 1.0)
     # All is linear in the cotangents: the heads that share a state are computed as if each had its
     # own, of which the first has the last state's cotangent, and added up.
