@@ -100,14 +100,17 @@ class _How:
 
 
 def _forward_body(how: _How, dot: Any, *refs: Any) -> None:
-    *refs, out_ref, state = refs
+    q_ref, k_ref, v_ref, *plain, out_ref, state, k_before, v_before = refs
     c = pl.program_id(2)
 
     @pl.when(c == 0)
     def _():
-        state[...] = jnp.zeros_like(state)
+        for kept in (state, k_before, v_before):
+            kept[...] = jnp.zeros_like(kept)
 
-    tile, q, k, v = how.read(c, refs)
+    tile, q, k, v = how.read(c, (q_ref, k_ref, v_ref, k_before, v_before, *plain))
+    for kept, ref in ((k_before, k_ref), (v_before, v_ref)):
+        kept[...] = ref[..., TILE - how.near.tiles.halo :, :]
     close, _, _ = how.near.tiles.forward(*tile)
     q, k, g = recurrence.prepared(how.far, how.sizes, c, q, k, None)
     far, state[...] = recurrence_tiles.forward(q, k, v, g, state[...], dot=dot)
@@ -117,13 +120,19 @@ def _forward_body(how: _How, dot: Any, *refs: Any) -> None:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(how, *arrays):
     s, dtype = how.sizes, arrays[0].dtype
+    q, k, v, k_before, v_before, *plain = how.inputs(lambda c: c, *arrays)
+    # The steps of a head come in order: the last keys of one are those before the next.
+    kept = [tuple(n for n in spec.block_shape if n) for _, spec in (k_before, v_before)]
     (out,) = near.call(
         partial(_forward_body, how, recurrence.operands(dtype)),
         how.near,
         "arbitrary",
-        how.inputs(lambda c: c, *arrays),
+        [q, k, v, *plain],
         [(how.near.outputs.shape, dtype, how.near.outputs.group(lambda *step: step))],
-        [pltpu.VMEM((s.value_dim, s.dim), jnp.float32)],
+        [
+            pltpu.VMEM((s.value_dim, s.dim), jnp.float32),
+            *(pltpu.VMEM(shape, dtype) for shape in kept),
+        ],
         int(how.near.flops + s.flops),
     )
     return how.near.outputs.join(out)

@@ -234,11 +234,12 @@ def call(
 ) -> list[Array]:
     """A kernel over ``(batch, key head, block)``; outputs are ``(shape, dtype, spec)``."""
     shapes = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype, _ in outputs]
-    moved = sum(x.size * x.dtype.itemsize for x in [x for x, _ in inputs] + shapes)
-    # The keys and values before every block, instead of once more all of them.
-    k, v = inputs[1][0], inputs[2][0]
-    moved -= (k.size + v.size) * k.dtype.itemsize
-    moved += (k.size + v.size) * k.dtype.itemsize * how.tiles.halo // how.block
+    blocks = [(x.dtype, spec) for x, spec in inputs] + [(dtype, spec) for _, dtype, spec in outputs]
+    each = sum(
+        jnp.dtype(dtype).itemsize * math.prod(size or 1 for size in spec.block_shape)
+        for dtype, spec in blocks
+    )
+    moved = each * math.prod(how.grid)
     return pl.pallas_call(
         body,
         grid=how.grid,
