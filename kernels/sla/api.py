@@ -8,6 +8,7 @@ from typing import Any
 from jax import Array
 
 from flora_jax.kernels import dispatch
+from flora_jax.kernels.block_sparse_attention import Steps
 from flora_jax.kernels.manual_axes import together
 from flora_jax.kernels.sla import linear
 from flora_jax.kernels.sla.blocks import classify
@@ -46,13 +47,18 @@ def branches(
     cfg: SLAConfig,
     *,
     scale: float | None = None,
+    steps: Steps | None = None,
+    tokens: int | None = None,
     implementation: dispatch.Choice = None,
 ) -> tuple[Array, Array]:
     """The two branches before the projection: ``(o_s as q, o_l float32)``, both ``[B, T, N, H]``.
 
     See ``sla``.
     """
-    call = linear.Call(cfg=cfg, scale=scale, implementation=dispatch.chosen(implementation))
+    call = linear.Call(
+        cfg=cfg, scale=scale, steps=steps, tokens=tokens,
+        implementation=dispatch.chosen(implementation),
+    )  # fmt: skip
     table, marginal = classify(q, k, cfg)
     sparse = linear.sparse_branch(call, q, k, v, table)
     return sparse, _both(call, q, k, v, None, None, marginal=marginal)
@@ -66,6 +72,8 @@ def sla(
     cfg: SLAConfig,
     *,
     scale: float | None = None,
+    steps: Steps | None = None,
+    tokens: int | None = None,
     implementation: dispatch.Choice = None,
 ) -> Array:
     """Sparse-linear attention: ``o = o_s + o_l kernel + bias``. Not causal.
@@ -83,12 +91,17 @@ def sla(
       params: ``kernel [H, H]`` and ``bias [H]``, shared by all heads; applied in float32.
       cfg: the variant and its sizes.
       scale: of the softmax's scores; default ``H ** -0.5``.
+      steps: blocks in a step of the softmax branch's kernels; default by their cost model.
+      tokens: in a step of the TPU kernels of ``main``'s linear branch; default likewise.
       implementation: of the softmax branch, see ``kernels.dispatch``.
 
     Source: SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention
     (2509.24006). Where paper and code differ, ``cfg.variant`` says which is followed.
     """
-    call = linear.Call(cfg=cfg, scale=scale, implementation=dispatch.chosen(implementation))
+    call = linear.Call(
+        cfg=cfg, scale=scale, steps=steps, tokens=tokens,
+        implementation=dispatch.chosen(implementation),
+    )  # fmt: skip
     table, marginal = classify(q, k, cfg)
     params = {name: params[name] for name in ("kernel", "bias")}
     return _both(call, q, k, v, table, params, marginal=marginal)

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from flora_jax.core.errors import ConfigError
 from flora_jax.kernels import dispatch
-from flora_jax.kernels.block_sparse_attention import block_sparse_attention
+from flora_jax.kernels.block_sparse_attention import Steps, block_sparse_attention
 from flora_jax.kernels.block_sparse_attention.layout import by_head, by_token, product
 from flora_jax.kernels.sla.config import SLAConfig
 
@@ -22,11 +23,18 @@ Params = Mapping[str, Array]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Call:
-    """What is static: the variant, the scale of the softmax's scores, who implements it."""
+    """What is static: the variant, the scale of the softmax's scores, what a step of the kernels
+    takes (None: by their cost models), who implements it."""
 
     cfg: SLAConfig
     scale: float | None = None
+    steps: Steps | None = None
+    tokens: int | None = None
     implementation: dispatch.Choice = None
+
+    def __post_init__(self):
+        if self.tokens is not None and self.tokens < 1:
+            raise ConfigError(f"sla: steps of {self.tokens} tokens")
 
 
 def sparse_branch(call: Call, q: Array, k: Array, v: Array, table: Array) -> Array:
@@ -34,7 +42,7 @@ def sparse_branch(call: Call, q: Array, k: Array, v: Array, table: Array) -> Arr
     cfg = call.cfg
     return block_sparse_attention(
         q, k, v, table, block_q=cfg.block_q, block_k=cfg.block_k, scale=call.scale,
-        implementation=call.implementation,
+        steps=call.steps, implementation=call.implementation,
     )[0]  # fmt: skip
 
 

@@ -23,17 +23,19 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from flora_jax.kernels import dispatch
+from flora_jax.kernels import costs, dispatch
 from flora_jax.kernels.heads import Heads
 from flora_jax.kernels.sla.config import FEATURES
 from flora_jax.kernels.sla.linear import EPSILON, Call, Params, project, sparse_branch
 
-ELEMENTS = 1 << 17
-"""Of q, with all heads that share keys, in a grid step, about."""
+TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+"""In a grid step, or all there are."""
 VMEM = 64 << 20
 """Bytes that one kernel may ask for."""
 STEP = 48 << 20
 """Bytes of blocks and tiles per grid step, by ``_memory``."""
+ARRAYS, FEATURE = 6, 30
+"""Of the kernel that reads and writes most of them; element-wise operations per number, about."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,32 +61,51 @@ def _sizes(call: Call, q: Array, k: Array) -> _Sizes:
     if q.dtype not in (jnp.float32, jnp.bfloat16):
         raise NotImplementedError(f"float32 or bfloat16, not {q.dtype}")
     batch, _, heads, width = q.shape
-    repeats = heads // k.shape[2]
-    lanes, rows = -(-width // 128) * 128, 32 // q.dtype.itemsize
-    half = 1 if q.dtype == jnp.bfloat16 else 2
+    repeats, rows = heads // k.shape[2], 32 // q.dtype.itemsize
 
     def place(x: Array, repeats: int) -> Heads:
-        most = max(ELEMENTS // (half * repeats * lanes) // rows, 1) * rows
-        return Heads(
+        whole = Heads(
             batch=batch, tokens=x.shape[1], key_heads=k.shape[2], repeats=repeats, width=width,
-            block=min(most, -(-x.shape[1] // rows) * rows),
+            block=-(-x.shape[1] // rows) * rows,
         )  # fmt: skip
+        return _cut(whole, q.dtype, call.tokens)
 
-    sizes = _Sizes(
+    return _Sizes(
         queries=place(q, repeats), keys=place(k, 1), features=FEATURES[call.cfg.features],
         dtype=q.dtype,
     )  # fmt: skip
-    need = _memory(sizes)
-    if need > STEP:
-        raise NotImplementedError(f"a step needs {need >> 20} MiB of VMEM of {STEP >> 20}")
-    return sizes
 
 
-def _memory(s: _Sizes) -> int:
+def _cut(whole: Heads, dtype: Any, tokens: int | None) -> Heads:
+    """``whole`` in blocks of so many tokens, by default the cheapest that fit: longer ones make
+    fewer steps and have more of their last behind the end."""
+    rows = 32 // jnp.dtype(dtype).itemsize
+    cuts = {min(n, whole.block) for n in ((tokens,) if tokens else (*TOKENS, whole.block))}
+
+    def refusal(block: int) -> str | None:
+        if block % rows:
+            return f"a step of {block} tokens is no multiple of {rows}"
+        need = _memory(whole, block, dtype)
+        if need > STEP:
+            return f"a step of {block} needs {need >> 20} MiB of VMEM of {STEP >> 20}"
+        return None
+
+    def seconds(block: int) -> float:
+        steps = whole.batch * whole.key_heads * -(-whole.tokens // block)
+        numbers = steps * block * whole.repeats * whole.width
+        moved = ARRAYS * numbers * jnp.dtype(dtype).itemsize
+        work = costs.Work(flops=2 * ARRAYS * numbers * costs.TPU.pad(whole.width), bytes=moved)
+        return costs.TPU.seconds(work, FEATURE * numbers, steps)
+
+    block = costs.cheapest(sorted(cuts), refusal=refusal, seconds=seconds, what="cut of the tokens")
+    return dataclasses.replace(whole, block=block)
+
+
+def _memory(place: Heads, block: int, dtype: Any) -> int:
     """Bytes of VMEM of a step of the largest kernel, roughly: blocks twice, tiles in float32."""
-    lanes = -(-s.keys.width // 128) * 128
-    rows = max(s.queries.repeats * s.queries.block, s.keys.block)
-    return rows * lanes * (2 * 6 * jnp.dtype(s.dtype).itemsize + 8 * 4) + 8 * 4 * lanes**2
+    lanes = costs.TPU.pad(place.width)
+    rows = place.repeats * block
+    return rows * lanes * (2 * ARRAYS * jnp.dtype(dtype).itemsize + 8 * 4) + 8 * 4 * lanes**2
 
 
 def dot(x: Array, y: Array, axes: tuple[int, int]) -> Array:

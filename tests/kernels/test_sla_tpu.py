@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from flora_jax.kernels import aot, dispatch
-from flora_jax.kernels.sla import SLAConfig, branches, pallas_tpu, reference, sla
+from flora_jax.kernels.sla import SLAConfig, branches, reference, sla
 
 CFG = SLAConfig(critical=0.3, block_q=128, block_k=16)
 PAPER = SLAConfig(variant="paper", critical=0.3, negligible=0.3, block_q=16, block_k=16)
@@ -50,21 +50,20 @@ def results(f, arguments):
     return o, jax.tree.leaves(grads)
 
 
-def agree(cfg, arguments, outputs=1e-5, grads=1e-5):
+def agree(cfg, arguments, outputs=1e-5, grads=1e-5, **how):
     """With dense masks in float32; the output and all five gradients."""
     exact = (*(x.astype(jnp.float32) for x in arguments[:3]), arguments[3])
     expected = results(lambda *x: reference.sla(*x, cfg), exact)
-    got = results(lambda *x: sla(*x, cfg, implementation=KERNELS), arguments)
+    got = results(lambda *x: sla(*x, cfg, implementation=KERNELS, **how), arguments)
     assert ratio(got[0], expected[0]) < outputs
     for x, like, y in zip(got[1], jax.tree.leaves(arguments), expected[1]):
         assert x.dtype == like.dtype and ratio(x, y) < grads
 
 
 @pytest.mark.parametrize(("width", "features"), [(8, "elu1"), (128, "softmax")])
-def test_float32_in_steps_with_tails(monkeypatch, width, features):
+def test_float32_in_steps_with_tails(width, features):
     """Heads that are copied and heads in place; features of nothing that are not zero."""
-    monkeypatch.setattr(pallas_tpu, "ELEMENTS", 2 * 2 * 64 * 128)
-    agree(dataclasses.replace(CFG, features=features), problem(width=width))
+    agree(dataclasses.replace(CFG, features=features), problem(width=width), tokens=64)
 
 
 def test_bfloat16_in_one_step_of_a_batch():
@@ -124,8 +123,12 @@ def test_what_the_kernels_cannot_do_runs_as_xla():
         with pytest.raises(NotImplementedError, match="sla: pallas_tpu: float32 or bfloat16, not"):
             sla(q, k, v, params, CFG, implementation="pallas_tpu")
         many = jax.eval_shape(lambda: problem(heads=256, width=1024))
-        with pytest.raises(NotImplementedError, match="a step needs .* MiB of VMEM of 48"):
+        with pytest.raises(NotImplementedError, match="a step of 16 needs .* MiB of VMEM of 48"):
             jax.eval_shape(lambda *x: sla(*x, CFG, implementation="pallas_tpu"), *many)
+        few = jax.eval_shape(lambda: problem())
+        forced = lambda n: lambda *x: sla(*x, CFG, implementation="pallas_tpu", tokens=n)
+        with pytest.raises(NotImplementedError, match="a step of 12 tokens is no multiple of 8"):
+            jax.eval_shape(forced(12), *few)
         cfg = dataclasses.replace(CFG, variant="sla1")
         for message, changes, sizes in (
             ("blocks 128 x 12, heads of 8: multiples of 8 and 8", {"block_k": 12}, {}),
