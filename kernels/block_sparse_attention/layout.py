@@ -18,8 +18,8 @@ class Steps:
 
     Args:
       keys: listed key blocks, in the TPU kernels of the output and of the queries' gradient.
-      queries: query blocks, in the TPU kernel of the keys' gradient; in the XLA form at most so
-        many, a divisor of their number.
+      queries: query blocks, in the kernels of the keys' gradient (on Hopper of a program, whose
+        default is fixed); in the XLA form at most so many, a divisor of their number.
 
     Raises:
       ConfigError: less than 1.

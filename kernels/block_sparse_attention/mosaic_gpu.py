@@ -31,7 +31,8 @@ from flora_jax.kernels.block_sparse_attention.layout import (
 ROWS = tile.Rows(axis=1, keep=False)
 COLUMNS = tile.Rows(axis=0, keep=False)
 SEGMENT = 32
-"""Query blocks per program in the gradient of keys and values."""
+"""Query blocks per program in the gradient of keys and values: more than most key blocks have, so
+that their sums are whole, and few enough that a block which all queries list makes no tail."""
 QUERIES = 64
 """Queries per step there: beside two float32 sums there are registers for tiles of no more."""
 
@@ -288,11 +289,12 @@ def _dkv(shape: Shape, table: Array, *arrays: Array) -> tuple[Array, Array]:
     dtype, lead = k.dtype, (shape.batch, shape.key_heads)
     readers, rows = _readers(shape.block_k)
     width, block_k, halves = shape.width, shape.block_k, shape.block_q // QUERIES
-    cut = functools.partial(segments, key_blocks=shape.key_blocks, length=SEGMENT)
+    length = shape.steps.queries or SEGMENT
+    cut = functools.partial(segments, key_blocks=shape.key_blocks, length=length)
     column, pairs, count = jax.vmap(jax.vmap(cut))(table.reshape(*lead, -1))
     pairs = pairs // shape.entries  # a pair (r, i, t) belongs to query block r * N_q + i
     size = column.shape[2]
-    slots = hopper.slots(8 * block_k * width, (4 * width + 8) * QUERIES, SEGMENT * halves)
+    slots = hopper.slots(8 * block_k * width, (4 * width + 8) * QUERIES, length * halves)
 
     def body(q_ref, do_ref, lse_ref, terms_ref, k_ref, v_ref, column_ref, pairs_ref, count_ref,
              dk_ref, dv_ref, own, buffers, ring, full):  # fmt: skip

@@ -12,6 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flora_jax.kernels import aot, dispatch, hopper
 from flora_jax.kernels.block_sparse_attention import (
+    Steps,
     arg_specs,
     block_sparse_attention,
     mosaic_gpu,
@@ -99,14 +100,26 @@ def test_interpreted_kernels_equal_the_reference(
     monkeypatch.setattr(hopper, "Ring", ring)
     # Fewer buffers than steps, so that they are filled again.
     monkeypatch.setattr(hopper, "slots", lambda *sizes: 2)
-    monkeypatch.setattr(mosaic_gpu, "SEGMENT", 2)
     rng = np.random.default_rng(1)
     heads = {"heads": 2 * key_heads, "key_heads": key_heads, "width": width}
     q, k, v, _ = problem(150, 200, **heads, batch=batch, dtype="bfloat16")
     blocks = -(-150 // block_q), -(-200 // block_k)
     table = jnp.asarray(rng.integers(1, blocks[1], (batch, 2 * key_heads, blocks[0], 3)), jnp.int32)
     with dispatch.interpret(plgpu.InterpretGPUParams(detect_races=True)):
-        agree((q, k, v, table), "mosaic_gpu", 5e-3, 8e-3, block_q=block_q, block_k=block_k)
+        how = {"block_q": block_q, "block_k": block_k, "steps": Steps(queries=2)}
+        agree((q, k, v, table), "mosaic_gpu", 5e-3, 8e-3, **how)
+
+
+@pytest.mark.parametrize(("queries", "segments"), [(None, 1), (2, 8)])
+def test_the_segments_asked_for(queries, segments):
+    """Of 16 pairs; every one of the 4 key blocks may end with a short segment."""
+    q = jax.ShapeDtypeStruct((1, 256, 1, 64), jnp.bfloat16)
+    table = jax.ShapeDtypeStruct((1, 1, 4, 4), jnp.int32)
+    how = {"block_q": 64, "block_k": 64, "steps": Steps(queries=queries)}
+    loss = lambda *x: jnp.sum(block_sparse_attention(*x, **how, implementation="mosaic_gpu")[1])
+    with dispatch.target("sm90"):
+        jaxpr = jax.make_jaxpr(jax.grad(loss, 1))(q, q, q, table)
+    assert f"f32[1,1,{segments + 4},64,64]" in str(jaxpr)
 
 
 @pytest.mark.parametrize(
