@@ -28,7 +28,7 @@ from jax.sharding import (
 )
 
 from flora_jax.core.errors import ConfigError, unknown
-from flora_jax.kernels import dispatch
+from flora_jax.kernels import costs, dispatch, hlo
 
 _H100 = """
 gpu_device_info {
@@ -95,10 +95,12 @@ class Compiled:
 
     Attributes:
       target: name in ``TARGETS``.
-      flops: operations; on TPU a Pallas kernel counts with its ``cost_estimate``, on GPU it counts
-        nothing.
+      flops: operations; a Pallas kernel counts with what it declares: on TPU its ``cost_estimate``,
+        on GPU, whose compiler has none, by ``costs.declared``.
       bytes: read and written in the device's memory, likewise; the GPU compiler gives no figure
-        for the compiled program, so there it is that of the program before fusion.
+        for the compiled program, so there the rest is read from its text (:mod:`kernels.hlo`) and
+        its operations count as before fusion.
+      kernel_bytes: the part of ``bytes`` that kernels have declared by ``costs.declared``.
       arguments: bytes of the arguments.
       outputs: bytes of the results.
       temporary: bytes of the largest set of intermediates alive at once.
@@ -108,6 +110,7 @@ class Compiled:
     target: str
     flops: float
     bytes: float
+    kernel_bytes: float
     arguments: int
     outputs: int
     temporary: int
@@ -144,6 +147,9 @@ def _topology(goal: Target) -> Any:
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         # Its lock file is for a chip, which is not there either: several processes may compile.
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    if goal.platform == "cuda":
+        # The plugin else wants cuDNN, which compiling does not need, or is not loaded at all.
+        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     return topologies.get_topology_desc(platform=goal.platform, **goal.topology)
 
 
@@ -174,8 +180,9 @@ def compile(f: Callable[..., Any], *args: Any, target: str, **kwargs: Any) -> Co
     cost = executable.cost_analysis()
     if cost is None:
         with dispatch.target(goal.dispatch), _use_device(goal, device, {}):
-            cost = _lower(program, args, goal).cost_analysis()
-    return _read(executable, cost or {}, target)
+            cost = dict(_lower(program, args, goal).cost_analysis() or {})
+        cost["bytes accessed"] = hlo.moved(executable.as_text(), but="mosaic_gpu")
+    return _read(executable, cost, target)
 
 
 def _lower(program: Any, args: Any, goal: Target, sharding: Any = None) -> Any:
@@ -201,16 +208,19 @@ def _use_device(goal: Target, device: Any, axes: dict[str, int]) -> Any:
 
 
 def _read(executable: Any, cost: dict[str, float], target: str) -> Compiled:
-    memory = executable.memory_analysis()
+    memory, text = executable.memory_analysis(), executable.as_text()
+    declared = costs.declarations(text)
+    kernel_bytes = sum(work.bytes for work in declared)
     names = [
         line.split('custom_call_target="')[1].split('"')[0]
-        for line in executable.as_text().splitlines()
+        for line in text.splitlines()
         if 'custom_call_target="' in line
     ]
     return Compiled(
         target=target,
-        flops=float(cost.get("flops", 0.0)),
-        bytes=float(cost.get("bytes accessed", 0.0)),
+        flops=max(0.0, float(cost.get("flops", 0.0))) + sum(work.flops for work in declared),
+        bytes=float(cost.get("bytes accessed", 0.0)) + kernel_bytes,
+        kernel_bytes=kernel_bytes,
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes,
         temporary=memory.temp_size_in_bytes,

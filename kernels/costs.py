@@ -7,7 +7,9 @@ data sheets' rates stand rough constants, and nothing here has been fitted to a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
@@ -31,6 +33,26 @@ class Work:
     flops: float
     bytes: float
     unit: str = "bfloat16"
+
+
+def declared(work: Work) -> contextlib.AbstractContextManager[None]:
+    """Kernels called inside do this work, which a compiler that counts nothing of them is not told.
+
+    It becomes part of their names in the program, where :func:`declarations` finds it.
+    """
+    return jax.named_scope(f"kernel[flops={work.flops:.0f},bytes={work.bytes:.0f}]")
+
+
+def declarations(program: str) -> list[Work]:
+    """What the kernels called in a compiled program's text declare, one of each call; a loop's body
+    stands there once.
+
+    >>> declarations('custom_call_target="f", metadata={op_name="a/kernel[flops=8,bytes=4]/b"}')
+    [Work(flops=8.0, bytes=4.0, unit='bfloat16')]
+    """
+    calls = (line for line in program.splitlines() if "custom_call_target" in line)
+    found = (re.search(r"kernel\[flops=(\d+),bytes=(\d+)\]", line) for line in calls)
+    return [Work(flops=float(m[1]), bytes=float(m[2])) for m in found if m]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

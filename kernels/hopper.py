@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flora_jax.kernels import dispatch
+from flora_jax.kernels import costs, dispatch
 
 MEMORY = 220 << 10
 """Bytes of shared memory per program; the device has 227 KiB."""
@@ -27,14 +27,18 @@ def kernel(
     grid: Mapping[str, int],
     warpgroups: int,
     *,
+    work: costs.Work,
     approximate: bool = True,
 ) -> Callable[..., Any]:
     """``body(*inputs, *outputs, *scratch)`` over a grid of programs; ``wg`` names the warpgroup.
 
-    ``approximate``: the device's fast exponentials and the like, which lose a few bits.
+    Args:
+      work: what all programs do, for the compiled cost; bytes are those that they copy, also when
+        the device's cache will have them.
+      approximate: the device's fast exponentials and the like, which lose a few bits.
     """
     mode = dispatch.interpret_mode()
-    return plgpu.kernel(
+    run = plgpu.kernel(
         body,
         out_type=types,
         scratch_types=scratch,
@@ -46,9 +50,19 @@ def kernel(
         **({"interpret": mode} if mode else {}),
     )
 
+    def call(*inputs: Array) -> Any:
+        with costs.declared(work):
+            return run(*inputs)
+
+    return call
+
 
 def tiles(*shape: int, dtype: Any) -> Any:
-    """Shared memory that the matrix unit reads: rows of 64 times n numbers of 16 bits."""
+    """Shared memory that the matrix unit reads: rows of 64 times n numbers of 16 bits.
+
+    What may reach past the end of an array is stored from here: copies of swizzled tiles stop at
+    the end of each axis, those of plain memory only at the end of the array.
+    """
     return plgpu.SMEM(shape, dtype, transforms=TRANSFORMS)
 
 

@@ -61,6 +61,16 @@ class Shape:
         return -(-self.queries // self.block_q)
 
     @property
+    def rows(self) -> int:
+        """Queries of all heads, in whole blocks."""
+        return self.batch * self.heads * self.query_blocks * self.block_q
+
+    @property
+    def pairs(self) -> int:
+        """Blocks that the table lists."""
+        return self.batch * self.heads * self.query_blocks * self.entries
+
+    @property
     def key_blocks(self) -> int:
         """ceil(S / block_k)."""
         return -(-self.keys // self.block_k)

@@ -10,7 +10,8 @@ Heads are copied from ``[B, T, N, H]`` and back, wherever they lie; numbers per 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flora_jax.kernels import hopper
-from flora_jax.kernels.block_sparse_attention import tile
+from flora_jax.kernels.block_sparse_attention import program, tile
 from flora_jax.kernels.block_sparse_attention.layout import (
     Shape,
     by_token,
@@ -48,93 +49,23 @@ def supported(shape: Shape, dtype: Any) -> None:
         raise NotImplementedError(f"blocks {blocks}: 64 or 128 each")
 
 
-def _readers(block: int) -> tuple[int, int]:
-    """How many warpgroups share a block's rows, and how many rows each has."""
-    return block // 64, 64
-
-
-def _row(value: float, rows: int) -> Array:
-    layout = plgpu.Layout.WGMMA.reduce(1)
-    return plgpu.layout_cast(jnp.full((rows,), value, jnp.float32), layout)
-
-
-def _load(ref: Any, axis: int) -> Array:
-    """Numbers per query from shared memory, for a tile that loses ``axis``."""
-    return hopper.load(ref, plgpu.Layout.WGMMA.reduce(axis))
-
-
-def _product(x: Any, y: Any, shape: tuple[int, int], transpose: bool = False) -> Array:
-    """``x y`` or ``x y^T`` of tiles in shared memory."""
-
-    def body(acc: Any) -> Array:
-        plgpu.wgmma(acc, x, plgpu.transpose_ref(y, (1, 0)) if transpose else y)
-        return acc[...]
-
-    return pl.run_scoped(body, plgpu.ACC(shape, jnp.float32))
-
-
-def _add_product(total: Array, x: Array, y: Any) -> Array:
-    """``total + x y``; x in registers, y in shared memory."""
-    return pl.run_state(lambda acc: plgpu.wgmma(acc, x, y))(plgpu.ACC.init(total))
-
-
-def _scores(shape: Shape, s: Array, block: Any) -> Array:
-    """Base-2 scores ``[rows, block_k]`` of products; keys past the end count for nothing."""
-    s = s * (shape.scale * tile.LOG2E)
-    if shape.keys % shape.block_k == 0:
-        return s
-    index = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
-    return jnp.where(block * shape.block_k + index < shape.keys, s, tile.MASKED)
-
-
-def _kernel(
-    shape: Shape, body: Any, types: Any, scratch: Any, blocks: int, heads: int, warpgroups: int
-) -> Any:
-    grid = {"block": blocks, "head": heads, "batch": shape.batch}
-    return hopper.kernel(body, types, scratch, grid, warpgroups)
-
-
-def _place() -> tuple[Any, ...]:
-    return tuple(lax.axis_index(name) for name in ("batch", "head", "block", "wg"))
-
-
-def _split(number: Any, by: int) -> tuple[Any, Any]:
-    """Quotient and remainder."""
-    by = jnp.array(by, number.dtype)
-    return lax.div(number, by), lax.rem(number, by)
-
-
-def _queries(batch: Any, head: Any, start: Any, size: int) -> tuple[Any, Any]:
-    """Where queries of a head lie, and numbers per query."""
-    return (batch, pl.ds(start, size), head), (batch, head, pl.ds(start, size))
-
-
-def _like(x: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-def _row_type(shape: Shape) -> jax.ShapeDtypeStruct:
-    tokens = shape.query_blocks * shape.block_q
-    return jax.ShapeDtypeStruct((shape.batch, shape.heads, tokens), jnp.float32)
-
-
 def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[Array, Array]:
     """``(o [B, T, N, H], lse [B, T, N] float32)``."""
     supported(shape, q.dtype)
     q, k, v = hopper.whole(q, shape.block_q), *(hopper.whole(x, shape.block_k) for x in (k, v))
-    readers, rows = _readers(shape.block_q)
+    readers, rows = program.readers(shape.block_q)
     width, block_k, steps = shape.width, shape.block_k, shape.entries
     slots = hopper.slots(2 * shape.block_q * width, 4 * block_k * width, steps)
 
     def body(q_ref, k_ref, v_ref, table_ref, o_ref, lse_ref, tiles, ring, q_full):
         own, lse_own, keys, values = tiles
         stream = hopper.Ring((keys, values), *ring, slots, loaded=False)
-        b, n, i, wg = _place()
+        b, n, i, wg = program.place()
 
         @pl.when(wg < readers)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            at, row = _queries(b, n, i * shape.block_q + wg * rows, rows)
+            at, row = program.queries(b, n, i * shape.block_q + wg * rows, rows)
             mine = own.at[wg]
             plgpu.copy_gmem_to_smem(q_ref.at[at], mine, q_full.at[wg])
             plgpu.barrier_wait(q_full.at[wg])
@@ -142,12 +73,13 @@ def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[A
             def step(t, buffers, carry):
                 acc, top, total = carry
                 block = table_ref[b, n, i, t] if shape.keys % block_k else None
-                s = _product(mine, buffers[0], (rows, block_k), transpose=True)
-                p, decay, top, total = tile.softmax_step(_scores(shape, s, block), top, total, ROWS)
+                s = program.product(mine, buffers[0], (rows, block_k), transpose=True)
+                s = program.scores(shape, s, block)
+                p, decay, top, total = tile.softmax_step(s, top, total, ROWS)
                 acc = acc * ROWS.spread(decay, acc)
-                return _add_product(acc, p.astype(q.dtype), buffers[1]), top, total
+                return program.add_product(acc, p.astype(q.dtype), buffers[1]), top, total
 
-            start_values = hopper.zeros(rows, width), _row(tile.MASKED, rows), _row(0.0, rows)
+            start_values = hopper.zeros(rows, width), *program.row_values(rows, tile.MASKED, 0.0)
             acc, top, total = stream.each(steps, step, start_values)
             plgpu.commit_smem()  # other warps may still multiply what it holds
             mine[...] = (acc / ROWS.spread(total, acc)).astype(q.dtype)
@@ -159,7 +91,7 @@ def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[A
 
         @pl.when(wg == readers)
         def _():
-            stream.fill(steps, _listed(shape, b, n, i, table_ref, k_ref, v_ref))
+            stream.fill(steps, program.listed(shape, b, n, i, table_ref, k_ref, v_ref))
 
     ring = hopper.ring_barriers(2, readers, slots)
     tiles = (
@@ -169,23 +101,13 @@ def forward(shape: Shape, q: Array, k: Array, v: Array, table: Array) -> tuple[A
         hopper.tiles(slots, block_k, width, dtype=q.dtype),
     )
     scratch = [tiles, ring, plgpu.Barrier(num_barriers=readers)]
-    types = _like(q), _row_type(shape)
-    run = _kernel(shape, body, types, scratch, shape.query_blocks, shape.heads, readers + 1)
+    types = program.like(q), program.row_type(shape)
+    run = program.kernel(
+        shape, body, types, scratch, shape.query_blocks, shape.heads, readers + 1,
+        products=2, tokens=2 * (shape.rows + shape.pairs * block_k), numbers=shape.rows,
+    )  # fmt: skip
     o, lse = run(q, k, v, table)
     return o[:, : shape.queries], by_token(lse, shape.queries)
-
-
-def _listed(
-    shape: Shape, batch: Any, head: Any, block: Any, table: Any, *arrays: Any
-) -> Callable[[Any], Sequence[Any]]:
-    """The blocks of ``arrays``, keys and values, that a row of the table lists at step t."""
-
-    def sources(t: Any) -> Sequence[Any]:
-        start = table[batch, head, block, t] * shape.block_k
-        at = batch, pl.ds(start, shape.block_k), _split(head, shape.repeats)[0]
-        return [x.at[at] for x in arrays]
-
-    return sources
 
 
 def backward(
@@ -216,7 +138,7 @@ def _dq(shape: Shape, table: Array, q: Array, *others: Array) -> tuple[Array, Ar
       others: do, o, lse2, dlse, k, v.
     """
     dtype = q.dtype
-    readers, rows = _readers(shape.block_q)
+    readers, rows = program.readers(shape.block_q)
     width, block_k, steps = shape.width, shape.block_k, shape.entries
     slots = hopper.slots(4 * shape.block_q * width, 4 * block_k * width, steps)
 
@@ -224,12 +146,12 @@ def _dq(shape: Shape, table: Array, q: Array, *others: Array) -> tuple[Array, Ar
              dq_ref, terms_ref, tiles, ring, full, q_full):  # fmt: skip
         *own, keys, values = tiles
         stream = hopper.Ring((keys, values), *ring, slots, loaded=False)
-        b, n, i, wg = _place()
+        b, n, i, wg = program.place()
 
         @pl.when(wg < readers)
         def _():
             plgpu.set_max_registers(232, action="increase")
-            at, row = _queries(b, n, i * shape.block_q + wg * rows, rows)
+            at, row = program.queries(b, n, i * shape.block_q + wg * rows, rows)
             q, do, lse, terms = (x.at[wg] for x in own)
             # o lies where q will: it is needed once.
             sources = o_ref.at[at], do_ref.at[at], lse_ref.at[row], dlse_ref.at[row]
@@ -237,7 +159,7 @@ def _dq(shape: Shape, table: Array, q: Array, *others: Array) -> tuple[Array, Ar
                 plgpu.copy_gmem_to_smem(source, mine, full.at[wg])
             plgpu.barrier_wait(full.at[wg])
             o, cotangent = (hopper.load(x, plgpu.Layout.WGMMA).astype(jnp.float32) for x in (q, do))
-            subtract = ROWS.reduce(jnp.sum, o * cotangent) - _load(terms, 1)
+            subtract = ROWS.reduce(jnp.sum, o * cotangent) - program.load(terms, 1)
             terms[...] = subtract
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(terms, terms_ref.at[row])
@@ -247,13 +169,13 @@ def _dq(shape: Shape, table: Array, q: Array, *others: Array) -> tuple[Array, Ar
             def step(t, buffers, carry):
                 acc, lse, terms = carry
                 block = table_ref[b, n, i, t] if shape.keys % block_k else None
-                s = _product(q, buffers[0], (rows, block_k), transpose=True)
-                dp = _product(do, buffers[1], (rows, block_k), transpose=True)
-                p = tile.weights(_scores(shape, s, block), lse, ROWS)
+                s = program.product(q, buffers[0], (rows, block_k), transpose=True)
+                dp = program.product(do, buffers[1], (rows, block_k), transpose=True)
+                p = tile.weights(program.scores(shape, s, block), lse, ROWS)
                 ds = tile.score_gradient(p, dp, terms, ROWS)
-                return _add_product(acc, ds.astype(dtype), buffers[0]), lse, terms
+                return program.add_product(acc, ds.astype(dtype), buffers[0]), lse, terms
 
-            start_values = hopper.zeros(rows, width), _load(lse, 1), subtract
+            start_values = hopper.zeros(rows, width), program.load(lse, 1), subtract
             acc, _, _ = stream.each(steps, step, start_values)
             plgpu.commit_smem()  # other warps may still multiply what it holds
             q[...] = (acc * shape.scale).astype(dtype)
@@ -263,7 +185,7 @@ def _dq(shape: Shape, table: Array, q: Array, *others: Array) -> tuple[Array, Ar
 
         @pl.when(wg == readers)
         def _():
-            stream.fill(steps, _listed(shape, b, n, i, table_ref, k_ref, v_ref))
+            stream.fill(steps, program.listed(shape, b, n, i, table_ref, k_ref, v_ref))
 
     ring = hopper.ring_barriers(2, readers, slots)
     tiles = (
@@ -273,8 +195,11 @@ def _dq(shape: Shape, table: Array, q: Array, *others: Array) -> tuple[Array, Ar
     )
     full = plgpu.Barrier(num_arrivals=4, num_barriers=readers)
     scratch = [tiles, ring, full, plgpu.Barrier(num_barriers=readers)]
-    types = _like(q), _row_type(shape)
-    run = _kernel(shape, body, types, scratch, shape.query_blocks, shape.heads, readers + 1)
+    types = program.like(q), program.row_type(shape)
+    run = program.kernel(
+        shape, body, types, scratch, shape.query_blocks, shape.heads, readers + 1, products=3,
+        tokens=4 * shape.rows + 2 * shape.pairs * block_k, numbers=3 * shape.rows,
+    )  # fmt: skip
     return run(q, *others, table)
 
 
@@ -287,7 +212,7 @@ def _dkv(shape: Shape, table: Array, *arrays: Array) -> tuple[Array, Array]:
     """
     k, v = arrays[-2:]
     dtype, lead = k.dtype, (shape.batch, shape.key_heads)
-    readers, rows = _readers(shape.block_k)
+    readers, rows = program.readers(shape.block_k)
     width, block_k, halves = shape.width, shape.block_k, shape.block_q // QUERIES
     length = shape.steps.queries or SEGMENT
     cut = functools.partial(segments, key_blocks=shape.key_blocks, length=length)
@@ -299,7 +224,7 @@ def _dkv(shape: Shape, table: Array, *arrays: Array) -> tuple[Array, Array]:
     def body(q_ref, do_ref, lse_ref, terms_ref, k_ref, v_ref, column_ref, pairs_ref, count_ref,
              dk_ref, dv_ref, own, buffers, ring, full):  # fmt: skip
         stream = hopper.Ring(buffers, *ring, slots, loaded=True)
-        b, h, g, wg = _place()
+        b, h, g, wg = program.place()
         steps = count_ref[b, h, g] * halves
 
         @pl.when((wg < readers) & (steps > 0))
@@ -316,12 +241,13 @@ def _dkv(shape: Shape, table: Array, *arrays: Array) -> tuple[Array, Array]:
                 dk, dv = carry
                 q, do, lse, terms = buffers
                 # Keys past the end only touch rows of dk and dv that are cut off.
-                s = _product(k, q, (rows, QUERIES), transpose=True) * (shape.scale * tile.LOG2E)
-                p = tile.weights(s, _load(lse, 0), COLUMNS)
-                dv = _add_product(dv, p.astype(dtype), do)
-                dp = _product(v, do, (rows, QUERIES), transpose=True)
-                ds = tile.score_gradient(p, dp, _load(terms, 0), COLUMNS)
-                return _add_product(dk, ds.astype(dtype), q), dv
+                s = program.product(k, q, (rows, QUERIES), transpose=True)
+                s = s * (shape.scale * tile.LOG2E)
+                p = tile.weights(s, program.load(lse, 0), COLUMNS)
+                dv = program.add_product(dv, p.astype(dtype), do)
+                dp = program.product(v, do, (rows, QUERIES), transpose=True)
+                ds = tile.score_gradient(p, dp, program.load(terms, 0), COLUMNS)
+                return program.add_product(dk, ds.astype(dtype), q), dv
 
             dk, dv = stream.each(
                 steps, step, (hopper.zeros(rows, width), hopper.zeros(rows, width))
@@ -336,10 +262,10 @@ def _dkv(shape: Shape, table: Array, *arrays: Array) -> tuple[Array, Array]:
         @pl.when(wg == readers)
         def _():
             def sources(t):
-                pair, half = _split(t, halves)
-                r, i = _split(pairs_ref[b, h, g, pair], shape.query_blocks)
+                pair, half = program.split(t, halves)
+                r, i = program.split(pairs_ref[b, h, g, pair], shape.query_blocks)
                 n = h * shape.repeats + r
-                at, row = _queries(b, n, (i * halves + half) * QUERIES, QUERIES)
+                at, row = program.queries(b, n, (i * halves + half) * QUERIES, QUERIES)
                 return q_ref.at[at], do_ref.at[at], lse_ref.at[row], terms_ref.at[row]
 
             stream.fill(steps, sources)
@@ -355,7 +281,11 @@ def _dkv(shape: Shape, table: Array, *arrays: Array) -> tuple[Array, Array]:
     ring = hopper.ring_barriers(4, readers, slots)
     types = (jax.ShapeDtypeStruct((*lead, size, block_k, width), jnp.float32),) * 2
     scratch = [own, buffers, ring, plgpu.Barrier(num_arrivals=2, num_barriers=readers)]
-    run = _kernel(shape, body, types, scratch, size, shape.key_heads, readers + 1)
+    copied, keys = 2 * shape.pairs * shape.block_q, 2 * math.prod(types[0].shape[:-1])
+    run = program.kernel(
+        shape, body, types, scratch, size, shape.key_heads, readers + 1, products=4,
+        tokens=copied + 3 * keys, numbers=copied,
+    )  # fmt: skip
     parts = run(*arrays, column, pairs, count)
     return _added(shape, parts, column, count, (k, v))
 
@@ -369,11 +299,11 @@ def _added(
     first = jax.vmap(jax.vmap(find))(column).astype(jnp.int32)
     real = lambda column, count: jnp.zeros_like(index).at[column].add((count > 0).astype(jnp.int32))
     number = jax.vmap(jax.vmap(real))(column, count)
-    readers, rows = _readers(shape.block_k)
+    readers, rows = program.readers(shape.block_k)
 
     def body(dk_parts, dv_parts, first_ref, number_ref, dk_ref, dv_ref, out):
-        b, h, i, _ = _place()
-        block, part = _split(i, readers)
+        b, h, i, _ = program.place()
+        block, part = program.split(i, readers)
         start, within = first_ref[b, h, block], pl.ds(part * rows, rows)
         for parts, ref in ((dk_parts, dk_ref), (dv_parts, dv_ref)):
 
@@ -389,7 +319,8 @@ def _added(
             plgpu.wait_smem_to_gmem(0)
 
     scratch = [hopper.tiles(rows, shape.width, dtype=like[0].dtype)]
-    types = tuple(map(_like, like))
+    types = tuple(map(program.like, like))
     blocks = shape.key_blocks * readers
-    run = _kernel(shape, body, types, scratch, blocks, shape.key_heads, 1)
+    tokens = 4 * math.prod(parts[0].shape[:-1]) + 2 * like[0].size // shape.width
+    run = program.kernel(shape, body, types, scratch, blocks, shape.key_heads, 1, tokens=tokens)
     return run(*parts, first, number)

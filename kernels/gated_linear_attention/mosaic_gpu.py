@@ -9,6 +9,7 @@ computes the output, or all gradients. The arithmetic is that of :mod:`tiles64`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -19,13 +20,16 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flora_jax.kernels import hopper
+from flora_jax.kernels import costs, hopper
 from flora_jax.kernels.gated_linear_attention import tiles64
-from flora_jax.kernels.gated_linear_attention.tiles64 import SIDE
-from flora_jax.kernels.gated_linear_attention.warpgroup import WGMMA, Machine, meet, store
-
-TILE = 2 * SIDE * SIDE
-"""Bytes of a tile of bfloat16."""
+from flora_jax.kernels.gated_linear_attention.tiles64 import PRODUCT, SIDE, TILE
+from flora_jax.kernels.gated_linear_attention.warpgroup import (
+    WGMMA,
+    Machine,
+    decay_gate,
+    meet,
+    store,
+)
 
 
 def mosaic_gpu(
@@ -94,6 +98,11 @@ class _Sizes:
             return ref.at[batch, _at(chunk), head, columns]
         return ref.at[batch, head, _at(chunk)]
 
+    @property
+    def gate_bytes(self) -> int:
+        """Of a chunk's log-decays, for 64 channels."""
+        return {"channel": 2 * TILE, "head": 4 * SIDE, "none": 0}[self.gate]
+
     def states(self, heads: int, dtype: Any, *lead: int) -> jax.ShapeDtypeStruct:
         dim = self.width * SIDE
         return jax.ShapeDtypeStruct((self.batch, heads, *lead, dim, dim), dtype)
@@ -122,16 +131,6 @@ def _logs(g: Array | None) -> list[Array]:
     if g.shape[3] > 1:
         return [hopper.whole(g, SIDE)]
     return [jnp.pad(g[..., 0].swapaxes(1, 2), ((0, 0), (0, 0), (0, -g.shape[1] % SIDE)))]
-
-
-def _gate(m: Machine, logs: Sequence[Any], pair: tiles64.Pair) -> tiles64.Gate:
-    """From what :meth:`_Sizes.gates` holds; ``pair`` is room for the halves of its numbers."""
-    if not logs:
-        return tiles64.NoGate()
-    if len(logs[0].shape) == 1:
-        return tiles64.HeadGate(logs[0])
-    pair.write(m, hopper.load(logs[0], WGMMA))
-    return tiles64.ChannelGate(pair)
 
 
 def _at(number: Any) -> Any:
@@ -178,7 +177,7 @@ def _scan(
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 m.write(out, state)
                 plgpu.copy_smem_to_gmem(out, before_ref.at[b, h, chunk(t), rows, columns])
-                gate = _gate(m, logs, tiles64.Pair(high, low))
+                gate = decay_gate(m, logs, tiles64.Pair(high, low))
                 return tiles64.update(m, state, x, y, gate, decay, scale, room)
 
             state = stream.each(s.chunks, step, hopper.load(own, WGMMA))
@@ -207,7 +206,12 @@ def _scan(
     ]
     types = s.states(heads, jnp.bfloat16, s.chunks), s.states(heads, jnp.float32)
     grid = {"chunk": s.width**2, "head": heads, "batch": s.batch}
-    return hopper.kernel(body, types, scratch, grid, 2)(x, y, *logs, first)
+    parts = math.prod(grid.values())
+    work = costs.Work(
+        flops=parts * s.chunks * PRODUCT,
+        bytes=parts * (s.chunks * (3 * TILE + s.gate_bytes) + 4 * TILE),
+    )
+    return hopper.kernel(body, types, scratch, grid, 2, work=work)(x, y, *logs, first)
 
 
 def _fetch(
@@ -235,14 +239,17 @@ def _fetch(
 
 
 def _over_chunks(
-    s: _Sizes, body: Any, types: Any, tiles: int, states: int, arrived: Any
-) -> Callable[..., Any]:
+    s: _Sizes, body: Any, types: Any, tiles: int, states: int, arrived: Any,
+    products: tuple[int, int], copies: tuple[int, int],
+) -> Callable[..., Any]:  # fmt: skip
     """A program per chunk and query head, a warpgroup per 64 channels.
 
     Args:
       body: ``(*inputs, *outputs, tiles and states, decays, arrived, met)``.
       tiles, states: how many of either a warpgroup has in shared memory.
       arrived: barrier of the inputs.
+      products: with a chunk's tokens and with states, apart from what decays add.
+      copies: of a warpgroup's tiles but states, and of log-decays.
     """
     shared = partial(hopper.tiles, s.width, dtype=jnp.bfloat16)
     scratch = [
@@ -252,7 +259,12 @@ def _over_chunks(
         plgpu.Barrier(num_arrivals=s.width),
     ]
     grid = {"chunk": s.chunks, "head": s.heads * s.group, "batch": s.batch}
-    return hopper.kernel(body, types, scratch, grid, s.width)
+    parts, tokens = math.prod(grid.values()), copies[0] + states * s.width
+    work = costs.Work(
+        flops=parts * s.width * (products[0] + products[1] * s.width) * PRODUCT,
+        bytes=parts * s.width * (tokens * TILE + copies[1] * s.gate_bytes),
+    )
+    return hopper.kernel(body, types, scratch, grid, s.width, work=work)
 
 
 def _outputs(
@@ -270,7 +282,7 @@ def _outputs(
         )  # fmt: skip
         plgpu.barrier_wait(arrived.at[wg])
         m = Machine()
-        gate = _gate(m, [x.at[wg] for x in decays], tiles64.Pair(high.at[wg], low.at[wg]))
+        gate = decay_gate(m, [x.at[wg] for x in decays], tiles64.Pair(high.at[wg], low.at[wg]))
         tiles64.forward(m, q.at[wg], k.at[wg], gate, z.at[wg])
         meet(met)
         each = lambda x: [x.at[u] for u in range(s.width)]
@@ -280,7 +292,8 @@ def _outputs(
         plgpu.wait_smem_to_gmem(0)
 
     arrived = plgpu.Barrier(num_arrivals=3 + s.gated + s.width, num_barriers=s.width)
-    run = _over_chunks(s, body, jax.ShapeDtypeStruct(q.shape, q.dtype), 6, 1, arrived)
+    types = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    run = _over_chunks(s, body, types, 6, 1, arrived, products=(2, 1), copies=(4, 1))
     return run(q, k, v, *logs, before)
 
 
@@ -308,7 +321,7 @@ def _gradients(
         plgpu.barrier_wait(arrived)
         m, room = Machine(), tiles64.Pair(high.at[wg], low.at[wg])
         decays = [x.at[wg] for x in decays]
-        gate = _gate(m, decays, room)
+        gate = decay_gate(m, decays, room)
         each = lambda x: [x.at[u] for u in range(s.width)]
         column = lambda x: [x.at[u, wg] for u in range(s.width)]
         chunk = tiles64.Chunk(
@@ -335,7 +348,7 @@ def _gradients(
         parts = s.batch, q.shape[2], s.width, s.chunks * SIDE
         types.append(jax.ShapeDtypeStruct(q.shape if s.gate == "channel" else parts, jnp.float32))
     arrived = plgpu.Barrier(num_arrivals=s.width * (4 + s.gated + 2 * s.width))
-    run = _over_chunks(s, body, types, 8, 2, arrived)
+    run = _over_chunks(s, body, types, 8, 2, arrived, products=(5, 3), copies=(7, 2))
     return run(q, k, v, *logs, before, do, d_after)
 
 

@@ -31,8 +31,10 @@ import jax.numpy as jnp
 from jax import Array
 
 SIDE = 64
-
-
+TILE = 2 * SIDE * SIDE
+"""Bytes of a tile of bfloat16."""
+PRODUCT = 2 * SIDE**3
+"""Operations of a product of two tiles."""
 LEVELS = SIDE.bit_length() - 1
 
 

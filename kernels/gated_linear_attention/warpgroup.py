@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flora_jax.kernels import hopper
+from flora_jax.kernels.gated_linear_attention import tiles64
 from flora_jax.kernels.gated_linear_attention.tiles64 import SIDE
 
 WGMMA = plgpu.Layout.WGMMA
@@ -69,3 +70,16 @@ def meet(barrier: Any) -> None:
     plgpu.commit_smem()
     plgpu.barrier_arrive(barrier)
     plgpu.barrier_wait(barrier)
+
+
+def decay_gate(m: Machine, logs: Sequence[Any], pair: tiles64.Pair) -> tiles64.Gate:
+    """From a chunk's log-decays in shared memory, one array or none.
+
+    ``pair`` is room for the halves of its numbers.
+    """
+    if not logs:
+        return tiles64.NoGate()
+    if len(logs[0].shape) == 1:
+        return tiles64.HeadGate(logs[0])
+    pair.write(m, hopper.load(logs[0], WGMMA))
+    return tiles64.ChannelGate(pair)

@@ -136,7 +136,7 @@ def _forward(
     shape = (cut.splits, cut.m * cut.rows, w.shape[-1])
     grid = (w.shape[-1] // cut.n, cut.rows, cut.splits)
     out = shape, dtype
-    return program.run(inputs, out, cut, grid, cut.n // TILE, buffers, sources, read)
+    return program.run(w, inputs, out, cut, grid, cut.n // TILE, buffers, sources, read)
 
 
 def dx(dy: Array, w: LowBit, *, dtype: Any, blocks: Blocks | None = None) -> Array:
@@ -192,7 +192,7 @@ def dx(dy: Array, w: LowBit, *, dtype: Any, blocks: Blocks | None = None) -> Arr
     ]
     out = (cut.splits, cut.m * cut.rows, w.shape[0]), dtype if alone else jnp.float32
     grid = (w.shape[0] // count // cut.k, cut.rows, cut.splits)
-    y = program.run(inputs, out, cut, grid, cut.k // TILE, buffers, sources, read)
+    y = program.run(w, inputs, out, cut, grid, cut.k // TILE, buffers, sources, read)
     return (y[0] if alone else y.sum(0).astype(dtype))[:m]
 
 

@@ -102,7 +102,7 @@ def product(
     out = (cut.splits, cut.m * cut.rows, w.shape[-1]), dtype
     grid = (w.shape[-1] // cut.n, cut.rows, cut.splits)
     stage = (count * TILE, cut.k), compute, turns
-    return program.run(inputs, out, cut, grid, cut.n // TILE, buffers, sources, read, stage)
+    return program.run(w, inputs, out, cut, grid, cut.n // TILE, buffers, sources, read, stage)
 
 
 def _product(codes: Any, x: Any, total: Array | None = None) -> Array:

@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flora_jax.kernels import hopper
+from flora_jax.kernels import costs, hopper
 from flora_jax.kernels.low_bit_matmul import tiles
 from flora_jax.kernels.low_bit_matmul.cuts import Cut
 from flora_jax.kernels.low_bit_matmul.packing import LowBit
@@ -29,6 +29,7 @@ Buffer = tuple[tuple[int, ...], Any, Any]
 
 
 def run(
+    w: LowBit,
     inputs: dict[str, Array],
     out: tuple[tuple[int, ...], Any],
     cut: Cut,
@@ -47,8 +48,8 @@ def run(
     dtype = jnp.dtype(dtype)
     size = lambda shape, dtype, _: math.prod(shape) * jnp.dtype(dtype).itemsize
     own = [((cut.m, TILE), dtype, swizzled(TILE, dtype)), *([] if stage is None else [stage])]
-    fixed = readers * sum(size(*buffer) for buffer in own)
-    slots = hopper.slots(fixed, sum(size(*buffer) for buffer in buffers), cut.steps)
+    fixed, step = readers * sum(size(*buffer) for buffer in own), sum(size(*b) for b in buffers)
+    slots = hopper.slots(fixed, step, cut.steps)
     registers = 40 if readers > 1 else None
 
     def body(*args: Any) -> None:
@@ -76,8 +77,14 @@ def run(
     barriers = hopper.ring_barriers(len(buffers), readers, slots)
     scratch = [memory(slots, buffers), barriers, *memory(readers, own)]
     types, places = jax.ShapeDtypeStruct(shape, dtype), dict(zip(AXES, grid))
+    work = costs.Work(
+        flops=2 * shape[1] * math.prod(w.shape),
+        bytes=math.prod(grid) * cut.steps * step + math.prod(shape) * dtype.itemsize,
+    )
     # Serving computes the activation that training does.
-    run = hopper.kernel(body, types, scratch, places, readers + 1, approximate=False)
+    run = hopper.kernel(
+        body, types, scratch, places, readers + 1, work=work, approximate=False
+    )
     return run(*inputs.values())
 
 

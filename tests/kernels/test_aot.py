@@ -8,7 +8,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
 from flora_jax.core.errors import ConfigError
-from flora_jax.kernels import aot, dispatch
+from flora_jax.kernels import aot, costs, dispatch
 from flora_jax.kernels.costs import DEVICES
 
 X = jax.ShapeDtypeStruct((256, 512), jnp.bfloat16)
@@ -93,3 +93,20 @@ def test_a_gpu_kernel_that_does_not_fit_is_refused(aot_target):
     assert "mosaic_gpu_v2" in aot.compile(gpu_copy(256), x, target=aot_target).kernels
     with pytest.raises(Exception, match="(?i)shared memory|smem|RESOURCE_EXHAUSTED"):
         aot.compile(gpu_copy(1 << 12), x, target=aot_target)
+
+
+@pytest.mark.aot
+@pytest.mark.parametrize("aot_target", ["h100"], indirect=True)
+def test_a_gpu_kernel_counts_with_what_it_declares(aot_target):
+    x = jax.ShapeDtypeStruct((256, 128), jnp.bfloat16)
+
+    def f(x, work):
+        with costs.declared(work):
+            return gpu_copy(256)(x)
+
+    plain, more = (
+        aot.compile(f, x, target=aot_target, work=costs.Work(flops=n, bytes=10 * n))
+        for n in (0, 1e9)
+    )
+    assert (more.flops - plain.flops, more.bytes - plain.bytes) == (1e9, 1e10)
+    assert (plain.kernel_bytes, more.kernel_bytes) == (0, 1e10)

@@ -16,6 +16,7 @@ from flora_jax.kernels.block_sparse_attention import (
     arg_specs,
     block_sparse_attention,
     mosaic_gpu,
+    program,
     tile,
 )
 from flora_jax.kernels.block_sparse_attention.layout import shape_of
@@ -91,9 +92,9 @@ def test_interpreted_kernels_equal_the_reference(
     buffers, copies, barriers, two reading warpgroups, grouped heads, short last blocks, a block
     listed twice and one that none lists, several segments of a block's gradient, with memory that
     starts as NaN and race detection."""
-    monkeypatch.setattr(mosaic_gpu, "_product", product)
+    monkeypatch.setattr(program, "product", product)
     monkeypatch.setattr(
-        mosaic_gpu, "_add_product", lambda total, x, y: total + product(x, y, total.shape)
+        program, "add_product", lambda total, x, y: total + product(x, y, total.shape)
     )
     # As products load here, every ring needs the fence that the matrix unit's reads do not.
     ring = lambda *args, loaded: Ring(*args, loaded=True)
