@@ -8,6 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from flora_jax.core.errors import ConfigError
 from flora_jax.kernels import costs
 from flora_jax.kernels.low_bit_matmul.packing import LowBit
 
@@ -27,12 +28,19 @@ class Blocks:
       k: rows of the stored array; of int4 each is two rows of the weight.
       n: columns.
       bits: on Hopper GPUs, of the matrix unit's factors: 8 or 16; default by the cost model.
+
+    Raises:
+      ConfigError: a size below 1, other bits.
     """
 
     m: int
     k: int
     n: int
     bits: int | None = None
+
+    def __post_init__(self):
+        if min(self.m, self.k, self.n) < 1 or self.bits not in (None, 8, 16):
+            raise ConfigError(f"{self}: sizes of at least 1, 8 or 16 bits")
 
 
 def parts(w: LowBit) -> int:

@@ -89,10 +89,14 @@ def forward(m: int, w: LowBit, blocks: Blocks | None = None, whole_groups: bool 
     columns = [c for c in (128, 64) if n % c == 0 and (c == 64 or block_m > WIDE)]
     k = blocks.k if blocks else next(iter(steps), 0)
     c = blocks.n if blocks else next(iter(columns), 0)
-    if not k or common % k or k % 32:
+    if not k or common % k or (k != 32 and k % 64):
         raise NotImplementedError(
             f"steps of {k or 32} rows in groups of {w.group} and pieces of {span(w)} rows: "
-            "multiples of 32 that divide both"
+            "32 or multiples of 64 that divide both"
+        )
+    if whole_groups and k > 128:
+        raise NotImplementedError(
+            f"steps of {k} rows: at most 128, of which float32 holds sums of integers exactly"
         )
     _columns(n, c)
     total = w.shape[-2] // parts(w) // k
@@ -112,7 +116,7 @@ def forward8(x: Any, w: LowBit, out: Any, blocks: Blocks | None = None) -> Cut |
 
     Returns:
       None where that unit cannot be used: rows in 16 bits, zero points, int8 groups of several
-      steps, or shapes that do not fit.
+      steps or of both nibbles, whose sums are to be exact, or shapes that do not fit.
     """
     n, common = w.shape[-1], math.gcd(span(w), w.group)
     if not isinstance(x, Rows) or x.zero is not None or w.zero is not None:
@@ -125,7 +129,7 @@ def forward8(x: Any, w: LowBit, out: Any, blocks: Blocks | None = None) -> Cut |
     c = blocks.n if blocks else 128
     if block_m > most or k not in (64, 128) or common % k or c not in (64, 128) or n % c:
         return None
-    if integer and not alone and group_steps(w, k) > 1:
+    if integer and not alone and (group_steps(w, k) > 1 or one_group(w)):
         return None
     total = w.shape[-2] // parts(w) // k
     splits = 1 if integer and alone else _splits(n // c * rows, total)

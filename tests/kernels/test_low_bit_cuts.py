@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from low_bit import RNG, normal, rounded, rows_of
 
+from flora_jax.core.errors import ConfigError
 from flora_jax.kernels.low_bit_matmul import Rows, arg_specs, cuts, pack, tiles
 from flora_jax.kernels.low_bit_matmul.blocks import Blocks, parts
 
@@ -118,6 +119,9 @@ def test_zero_points_and_groups_of_several_steps_take_16_bits():
     assert cuts.forward8(rows, uncentred, jnp.bfloat16) is None
     coarse = rounded(normal(1024, 128), "int8", group=256)
     assert cuts.forward8(rows, coarse, jnp.bfloat16) is None
+    # A step is a whole group, but as two sums, of its low and of its high nibbles.
+    halves = rounded(normal(1024, 128), "int4", group=256, tile=256)
+    assert cuts.forward8(rows, halves, jnp.bfloat16) is None
     float8 = Rows(values=rows.values.astype(jnp.float8_e4m3fn), scale=rows.scale)
     narrow = rounded(normal(1024, 128), "float8_e4m3fn", group=256)
     assert cuts.forward8(float8, narrow, jnp.bfloat16).k == 128
@@ -160,3 +164,21 @@ def test_blocks_say_which_unit():
     assert (of(x).bits, of(x, bits=16).bits, of(x, bits=8).bits) == (8, 16, 8)
     with pytest.raises(NotImplementedError, match="8 bits: quantised rows"):
         of(spec.x(), bits=8)
+
+
+def test_blocks_that_no_product_has_are_refused():
+    with pytest.raises(ConfigError, match=r"Blocks\(m=0, .*: sizes of at least 1, 8 or 16 bits"):
+        Blocks(m=0, k=128, n=128)
+    with pytest.raises(ConfigError, match="bits=4"):
+        Blocks(m=64, k=128, n=128, bits=4)
+
+
+def test_steps_are_tiles_whose_sums_of_integers_are_exact():
+    w = rounded(normal(512, 64), "int8", group=None)
+    cut = lambda k, **how: cuts.forward(8, w, Blocks(m=8, k=k, n=64), **how)
+    assert cut(512).k == 512 and cut(128, whole_groups=True).k == 128
+    with pytest.raises(NotImplementedError, match="steps of 512 rows: at most 128"):
+        cut(512, whole_groups=True)
+    w = rounded(normal(192, 64), "int8", group=96)
+    with pytest.raises(NotImplementedError, match="steps of 96 rows .*: 32 or multiples of 64"):
+        cut(96)
