@@ -46,7 +46,6 @@ def forward(
       NotImplementedError: float32 rows, or shapes that no block fits.
     """
     m, cut = x.shape[0], cuts.choose(x, w, dtype, placement, blocks)
-    dispatch.log("low_bit_matmul", f"mosaic_gpu in {cut.bits} bits")
     if cut.bits == 8:
         rows, x_scale = x.values, x.scale
         run = functools.partial(mosaic_gpu_bytes.product, w, cut)
@@ -54,6 +53,7 @@ def forward(
         rows, x_scale = _rows(x)
         integer = isinstance(x, Rows) and x.values.dtype == jnp.int8
         run = functools.partial(_forward, w, cut, integer, placement)
+    dispatch.log("low_bit_matmul", f"mosaic_gpu in {cut.bits} bits")
     inputs = {"values": w.values, "x": program.pad(rows, cut), **program.groups(w)}
     if cut.splits > 1:
         y = run(inputs, None, jnp.float32).sum(0)[:m]
