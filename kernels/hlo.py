@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 
-BITS = {"pred": 8, "bf16": 16, "c64": 64, "c128": 128, "token": 0}
+BITS = {"pred": 8, "token": 0}
+"""Of dtypes whose names have no number, or not theirs."""
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.+?) ([a-z][a-z0-9\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*(?:e\dm\d\w*)?)\[([\d,]*)\]")

@@ -99,7 +99,7 @@ def compiled(
 ) -> Iterator[dict[str, Any]]:
     """One row a case, pass and target. ``bound_us``: the roofline of the least work;
     ``share``: its part of what the compiled program's own operations and bytes would take.
-    ``declared_mbytes``: of a GPU's kernels, in ``mbytes`` beside what XLA moves before fusion."""
+    ``declared_mbytes``: of a GPU's kernels, in ``mbytes`` beside what else the program moves."""
     for op, case in chosen:
         for direction, function, work in passes(case):
             for name in names:

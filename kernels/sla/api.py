@@ -93,7 +93,8 @@ def sla(
       scale: of the softmax's scores; default ``H ** -0.5``.
       steps: blocks in a step of the softmax branch's kernels; default by their cost model.
       tokens: in a step of the TPU kernels of ``main``'s linear branch; default likewise.
-      implementation: of the softmax branch, see ``kernels.dispatch``.
+      implementation: of both branches, see ``kernels.dispatch``; only ``pallas_tpu`` has kernels
+        for the linear one, which runs as XLA's code with the others.
 
     Source: SLA: Beyond Sparsity in Diffusion Transformers via Fine-Tunable Sparse-Linear Attention
     (2509.24006). Where paper and code differ, ``cfg.variant`` says which is followed.
