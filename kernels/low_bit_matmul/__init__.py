@@ -1,6 +1,7 @@
 """Products with 4- and 8-bit weights: see docs/kernels.md."""
 
 from flora_jax.kernels.low_bit_matmul.api import low_bit_matmul as low_bit_matmul
+from flora_jax.kernels.low_bit_matmul.blocks import Blocks as Blocks
 from flora_jax.kernels.low_bit_matmul.packing import LowBit as LowBit
 from flora_jax.kernels.low_bit_matmul.packing import Rows as Rows
 from flora_jax.kernels.low_bit_matmul.packing import from_qarray as from_qarray

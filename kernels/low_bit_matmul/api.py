@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flora_jax.core.errors import ConfigError, PlanError, unknown
 from flora_jax.kernels import dispatch
 from flora_jax.kernels.low_bit_matmul import cuts, reference, tiles, xla
+from flora_jax.kernels.low_bit_matmul.blocks import Blocks
 from flora_jax.kernels.low_bit_matmul.packing import ROWS, LowBit, Rows, quantize_rows
 from flora_jax.kernels.manual_axes import together
 
@@ -54,7 +55,7 @@ class _How:
     dtype: Any
     placement: str | None
     frozen: bool
-    blocks: Any
+    blocks: Blocks | None
     implementation: tuple[str, ...] | None
 
 
@@ -68,7 +69,7 @@ def low_bit_matmul(
     dtype: Any = None,
     placement: str | None = None,
     frozen: bool = True,
-    blocks: Any = None,
+    blocks: Blocks | None = None,
     implementation: dispatch.Choice = None,
 ) -> jax.Array:
     """``activation(x w + bias)`` with w of 4 or 8 bits, read packed.
@@ -88,7 +89,7 @@ def low_bit_matmul(
       placement: of the groups' scales: ``partial`` (on the float32 product of a group) or
         ``weight`` (on the weight, rounded to x's dtype); default: what the implementation prefers.
       frozen: w is a constant. False: ``w.scale`` has a gradient, and x is kept for it.
-      blocks: sizes of a Pallas kernel's blocks; default by its cost model.
+      blocks: sizes of a Pallas kernel's blocks, :class:`Blocks`; default by its cost model.
       implementation: see :mod:`flora_jax.kernels.dispatch`.
 
     Returns:
