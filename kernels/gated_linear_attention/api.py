@@ -104,7 +104,7 @@ def gated_linear_attention(
     >>> out.shape, state.shape
     ((1, 5, 4, 8), (1, 2, 8, 8))
     """
-    batch, _, _, dim = _check(q, k, v, log_decay, initial_state, segment_ids, chunk)
+    batch, _, _, dim = check(q, k, v, log_decay, initial_state, segment_ids, chunk)
     if features is not None and log_decay is not None:
         raise ConfigError("gated_linear_attention: features make the log_decay")
     if log_decay is not None and log_decay.ndim == 3:
@@ -127,7 +127,16 @@ def gated_linear_attention(
     )
 
 
-def _check(q, k, v, log_decay, initial_state, segment_ids, chunk) -> tuple[int, ...]:
+def check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk: int | None = None,
+) -> tuple[int, ...]:
+    """The shape of q; raises ConfigError for shapes that do not fit and a bad chunk."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ConfigError(f"{name} must be [B, T, heads, channels], not {x.shape}")

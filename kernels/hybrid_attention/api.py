@@ -11,7 +11,9 @@ from jax import Array
 from flora_jax.core.errors import ConfigError
 from flora_jax.kernels import dispatch
 from flora_jax.kernels.gated_linear_attention import Features, gated_linear_attention
+from flora_jax.kernels.gated_linear_attention import api as recurrence
 from flora_jax.kernels.manual_axes import together
+from flora_jax.kernels.window_attention import api as window_op
 from flora_jax.kernels.window_attention import window_attention
 
 
@@ -48,12 +50,14 @@ def hybrid_attention(
       ``[B, T, N, V]`` in q's dtype, differentiable by all arrays.
 
     Raises:
-      ConfigError: shapes that do not fit.
+      ConfigError: shapes that do not fit, or a chunk that is no power of two.
       NotImplementedError: the implementation asked for cannot run this.
     """
     for name, x, like in (("q_plain", q_plain, q), ("k_plain", k_plain, k)):
         if x.shape != like.shape:
             raise ConfigError(f"{name} must be {like.shape}, not {x.shape}")
+    window_op.check(q, k, v, window)
+    recurrence.check(q_plain, k_plain, v, chunk=chunk)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
     how = {"features": features, "window": window, "weights": tuple(weights), "scale": scale}
     how["chunk"] = chunk

@@ -68,7 +68,7 @@ def window_attention(
     >>> o.shape, lse.shape
     ((1, 5, 4, 8), (1, 5, 4))
     """
-    _check(q, k, v, window, valid, segment_ids)
+    check(q, k, v, window, valid, segment_ids)
     if block is not None and block < 1:
         raise ConfigError(f"window_attention: a block of {block} queries")
     return dispatch.run(
@@ -91,7 +91,15 @@ def _marks(length: int, valid: Array | None, segment_ids: Array | None) -> Marks
     return marks[:, marks.shape[1] - length :], theirs
 
 
-def _check(q, k, v, window, valid, segment_ids) -> None:
+def check(
+    q: Array,
+    k: Array,
+    v: Array,
+    window: int,
+    valid: Array | None = None,
+    segment_ids: Array | None = None,
+) -> None:
+    """Raises ConfigError for shapes that do not fit."""
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise ConfigError(f"{name} must be [B, T, heads, channels], not {x.shape}")
