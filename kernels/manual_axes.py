@@ -35,5 +35,21 @@ def like(start: jax.Array, *trees: Any) -> jax.Array:
     return together(start, *trees)[0]
 
 
+def results(types: Any, *trees: Any) -> Any:
+    """``types``, results of a Pallas kernel, varying over every manual axis that one of its
+    arguments ``trees`` varies over: inside of ``shard_map`` a kernel must say so.
+
+    >>> results(jax.ShapeDtypeStruct((2,), "float32"), jax.numpy.ones(3)).shape
+    (2,)
+    """
+    leaves = jax.tree.leaves(together(*trees))
+    if not _axes(leaves[0]):
+        return types
+    axes = jax.typeof(leaves[0]).manual_axis_type
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=axes), types
+    )
+
+
 def _axes(leaf: Any) -> frozenset[str]:
     return jax.typeof(leaf).manual_axis_type.varying

@@ -27,7 +27,7 @@ from flora_jax.kernels.block_sparse_attention.layout import (
     segments,
     unfold_queries,
 )
-from flora_jax.kernels.manual_axes import like
+from flora_jax.kernels.manual_axes import like, results
 
 Arrays = Sequence[Array]
 SMEM = 256 << 10
@@ -151,7 +151,7 @@ def _pallas(
             out_specs=specs[1],
             scratch_shapes=[pltpu.VMEM(x, jnp.float32) for x in scratch],
         ),
-        out_shape=types,
+        out_shape=results(types, scalars, arrays, into),
         input_output_aliases={given + i: i for i in range(len(into))},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",) + ("arbitrary",) * (len(grid) - 1)

@@ -16,6 +16,7 @@ from flora_jax.kernels import costs, dispatch
 from flora_jax.kernels.gated_linear_attention import tiles
 from flora_jax.kernels.gated_linear_attention.chunks import Call, call_of, choose
 from flora_jax.kernels.heads import Heads
+from flora_jax.kernels.manual_axes import results
 
 Features = Callable[[jax.Array, jax.Array], tuple[jax.Array, jax.Array, jax.Array]] | None
 VMEM = 96 * 2**20
@@ -109,7 +110,7 @@ def _call(
         grid=grid,
         in_specs=[spec for _, spec in inputs],
         out_specs=[spec for *_, spec in outputs],
-        out_shape=shapes,
+        out_shape=results(shapes, [x for x, _ in inputs]),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM

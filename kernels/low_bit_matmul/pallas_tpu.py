@@ -23,6 +23,7 @@ from flora_jax.kernels.low_bit_matmul import blocks as sizes
 from flora_jax.kernels.low_bit_matmul import tiles
 from flora_jax.kernels.low_bit_matmul.blocks import Blocks
 from flora_jax.kernels.low_bit_matmul.packing import LowBit, Rows
+from flora_jax.kernels.manual_axes import results
 
 
 def forward(
@@ -76,7 +77,7 @@ def forward(
         grid=(pl.cdiv(m, blocks.m), pl.cdiv(n, blocks.n), steps),
         in_specs=[specs],
         out_specs=pl.BlockSpec((blocks.m, blocks.n), shape),
-        out_shape=jax.ShapeDtypeStruct((m, n), dtype),
+        out_shape=results(jax.ShapeDtypeStruct((m, n), dtype), inputs),
         scratch_shapes=[pltpu.VMEM((blocks.m, blocks.n), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
@@ -119,6 +120,7 @@ def dx(dy: jax.Array, w: LowBit, *, dtype: Any, blocks: Blocks | None = None) ->
     (m, n), k, count = dy.shape, w.shape[0], sizes.parts(w)
     at = [_rows_of(w, blocks, part) for part in range(count)]
     stored, steps = k // count, pl.cdiv(n, blocks.n)
+    inputs = {"dy": dy, "values": w.values, **_group_inputs(w, blocks, count)}
     call = pl.pallas_call(
         functools.partial(_dx_body, dtype, n if n % blocks.n else None, steps),
         grid=(pl.cdiv(m, blocks.m), stored // blocks.k, steps),
@@ -130,7 +132,7 @@ def dx(dy: jax.Array, w: LowBit, *, dtype: Any, blocks: Blocks | None = None) ->
             }
         ],
         out_specs=pl.BlockSpec((count, blocks.m, blocks.k), lambda i, s, j: (0, i, s)),
-        out_shape=jax.ShapeDtypeStruct((count, m, stored), dtype),
+        out_shape=results(jax.ShapeDtypeStruct((count, m, stored), dtype), inputs),
         scratch_shapes=[pltpu.VMEM((count, blocks.m, blocks.k), jnp.float32)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary")
@@ -139,7 +141,7 @@ def dx(dy: jax.Array, w: LowBit, *, dtype: Any, blocks: Blocks | None = None) ->
         interpret=dispatch.interpret_mode(),
         name="low_bit_matmul_dx",
     )
-    out = call({"dy": dy, "values": w.values, **_group_inputs(w, blocks, count)})
+    out = call(inputs)
     if count == 1:
         return out[0]
     out = out.reshape(2, m, k // w.tile, w.tile // 2)

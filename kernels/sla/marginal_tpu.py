@@ -26,6 +26,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from flora_jax.kernels import dispatch
 from flora_jax.kernels.heads import Heads
+from flora_jax.kernels.manual_axes import results
 from flora_jax.kernels.sla.config import FEATURES
 from flora_jax.kernels.sla.linear import Call, Params, sparse_branch
 from flora_jax.kernels.sla.pallas_tpu import dot, parts
@@ -318,7 +319,7 @@ def _run(s: _Sizes, body: Any, arrays: Any, outputs: Any, *, backward: bool) -> 
         grid=(s.keys.batch, s.keys.key_heads, last + (s.keys.count if backward else 0)),
         in_specs=[specs[where](x) for x, where in arrays],
         out_specs=[specs[where](x) for x, where in outputs],
-        out_shape=[x for x, _ in outputs],
+        out_shape=results([x for x, _ in outputs], [x for x, _ in arrays]),
         scratch_shapes=[pltpu.VMEM(x, jnp.float32) for x in sums * (2 if backward else 1)],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM

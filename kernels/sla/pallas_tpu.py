@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from flora_jax.kernels import costs, dispatch
 from flora_jax.kernels.heads import Heads
+from flora_jax.kernels.manual_axes import results
 from flora_jax.kernels.sla.config import FEATURES
 from flora_jax.kernels.sla.linear import EPSILON, Call, Params, project, sparse_branch
 
@@ -182,7 +183,7 @@ def _call(s: _Sizes, body: Any, place: Heads, inputs: Any, outputs: Any, product
         grid=(*s.lead, place.count),
         in_specs=[spec for _, spec in given],
         out_specs=[spec for _, spec in types],
-        out_shape=[x for x, _ in types],
+        out_shape=results([x for x, _ in types], arrays),
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM
         ),

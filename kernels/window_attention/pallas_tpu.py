@@ -21,6 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from flora_jax.kernels import costs, dispatch
 from flora_jax.kernels.heads import Heads
+from flora_jax.kernels.manual_axes import results
 from flora_jax.kernels.window_attention.reference import Marks
 from flora_jax.kernels.window_attention.tiles import TILE, Tiles
 
@@ -245,7 +246,7 @@ def call(
         grid=how.grid,
         in_specs=[spec for _, spec in inputs],
         out_specs=[spec for *_, spec in outputs],
-        out_shape=shapes,
+        out_shape=results(shapes, [x for x, _ in inputs]),
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", order), vmem_limit_bytes=VMEM
