@@ -24,10 +24,15 @@ def _pallas_tpu(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
     return pallas_tpu(*args, **kwargs)
 
 
-def _mosaic_gpu(*args: Any, **kwargs: Any) -> tuple[jax.Array, jax.Array]:
-    from flora_jax.kernels.gated_linear_attention.mosaic_gpu import mosaic_gpu
+def _mosaic_gpu(
+    q: jax.Array, k: jax.Array, v: jax.Array, g: Any, state: jax.Array, segments: Any, **kwargs: Any
+) -> tuple[jax.Array, jax.Array]:
+    from flora_jax.kernels.gated_linear_attention.mosaic_gpu import mosaic_gpu, supported
 
-    return mosaic_gpu(*args, **kwargs)
+    if kwargs["features"] is not None:
+        # A refusal comes before they are computed.
+        supported(q, k, v, segments, kwargs["chunk"])
+    return _apart(mosaic_gpu, exact=False)(q, k, v, g, state, segments, **kwargs)
 
 
 def _apart(run: Callable[..., Any], exact: bool) -> Callable[..., Any]:
@@ -46,7 +51,7 @@ def _apart(run: Callable[..., Any], exact: bool) -> Callable[..., Any]:
 
 
 TABLE = {
-    "mosaic_gpu": _apart(_mosaic_gpu, exact=False),
+    "mosaic_gpu": _mosaic_gpu,
     "pallas_tpu": _pallas_tpu,
     "xla": _apart(xla, exact=True),
     "reference": _apart(reference, exact=True),

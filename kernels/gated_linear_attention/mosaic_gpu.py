@@ -48,13 +48,11 @@ def mosaic_gpu(
     Raises:
       NotImplementedError: what :func:`supported` refuses.
     """
-    supported(q, k, v, g, segments, chunk)
+    supported(q, k, v, segments, chunk)
     return _attend(scale, q, k, v, g, state)
 
 
-def supported(
-    q: Array, k: Array, v: Array, g: Array | None, segments: Array | None, chunk: int | None
-) -> None:
+def supported(q: Array, k: Array, v: Array, segments: Array | None, chunk: int | None) -> None:
     """Raises NotImplementedError with the reason when the kernels cannot take a call."""
     dtypes = {x.dtype.name for x in (q, k, v)}
     if dtypes != {"bfloat16"}:

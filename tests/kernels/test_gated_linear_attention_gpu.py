@@ -206,6 +206,13 @@ def test_what_cannot_run_says_why(spec, options, message):
         jax.eval_shape(run, args["q"], args["k"], args["v"], args["log_decay"])
 
 
+def test_a_refusal_comes_before_the_features():
+    features = lambda q, k: pytest.fail("computed")
+    run = partial(gated_linear_attention, features=features, implementation="mosaic_gpu")
+    with dispatch.target("sm90"), pytest.raises(NotImplementedError, match="in bfloat16"):
+        jax.eval_shape(run, *(bfloat16(dtype="float32").shapes()[name] for name in "qkv"))
+
+
 @pytest.mark.aot
 @pytest.mark.parametrize("aot_target", ["h100"], indirect=True)
 @pytest.mark.parametrize("gate", ["channel", "head", "none"])
