@@ -59,8 +59,8 @@ def hybrid_attention(
     window_op.check(q, k, v, window)
     recurrence.check(q_plain, k_plain, v, chunk=chunk)
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    how = {"features": features, "window": window, "weights": tuple(weights), "scale": scale}
-    how["chunk"] = chunk
+    how = {"features": features, "weights": tuple(weights), "scale": scale, "chunk": chunk}
+    how["window"] = min(window, k.shape[1])
     two = partial(apart, choice=implementation)
     table = dict.fromkeys(("mosaic_gpu", "xla", "reference"), two) | {"pallas_tpu": _pallas_tpu}
     arrays = together(q, k, v, q_plain, k_plain)

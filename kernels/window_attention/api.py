@@ -75,7 +75,7 @@ def window_attention(
         "window_attention",
         TABLE,
         *together(q, k, v, _marks(q.shape[1], valid, segment_ids)),
-        window=window,
+        window=min(window, k.shape[1]),
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         block=block,
         implementation=implementation,

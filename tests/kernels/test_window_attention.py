@@ -4,6 +4,7 @@ import dataclasses
 import os
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -184,15 +185,18 @@ def test_what_the_kernel_cannot_do_runs_as_xla():
         dataclasses.replace(GROUPED, window=window), *a, implementation="pallas_tpu", **options
     )
     with dispatch.target("tpu"):
+        # No longer than the sequence.
+        jax.eval_shape(partial(on_tpu, window=1000), q, k, v)
         run(GROUPED, q[:, -1:], k, v)
         with pytest.raises(NotImplementedError, match="keys before the first query"):
             on_tpu(q[:, -1:], k, v)
+        long = dataclasses.replace(GROUPED, length=600).arguments()
         with pytest.raises(NotImplementedError, match="a window of 514 keys; 513 fit"):
-            on_tpu(q, k, v, window=514)
+            jax.eval_shape(partial(on_tpu, window=514), *long)
         with pytest.raises(NotImplementedError, match="a block of 192 is no multiple of 128"):
             on_tpu(q, k, v, block=192)
         with pytest.raises(NotImplementedError, match="a block of 256 is no multiple of 512"):
-            on_tpu(q, k, v, window=513, block=256)
+            jax.eval_shape(partial(on_tpu, window=513, block=256), *long)
         with pytest.raises(NotImplementedError, match="a step of 65536 needs"):
             on_tpu(q, k, v, block=65536)
         with pytest.raises(NotImplementedError, match="dtype float16"):
