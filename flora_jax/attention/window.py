@@ -6,10 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from flora_jax.attention.cache import ring_positions
-
-MASKED = -0.7 * float(jnp.finfo(jnp.float32).max)
-"""Score of a key that may not be seen: finite, so that a row without keys gives no NaN."""
-BLOCK = 64
+from flora_jax.kernels.window_attention.reference import MASKED as MASKED
+from flora_jax.kernels.window_attention.xla import BLOCK as BLOCK
 
 
 def in_order(ring: dict[str, jax.Array], start: jax.Array) -> tuple[jax.Array, ...]:
