@@ -206,9 +206,9 @@ def prepared(
     if how.features is not None:
         q, k, g = how.features(q, k)
         if s.length % s.chunk:
-            # The features of what lies behind the end are not zero.
+            # The features of what lies behind the end are not zero, and may be NaN.
             token = c * s.chunk + jax.lax.broadcasted_iota(jnp.int32, (s.chunk, 1), 0)
-            k, g = (jnp.where(token < s.length, x, 0.0) for x in (k, g))
+            q, k, g = (jnp.where(token < s.length, x, 0.0) for x in (q, k, g))
     return q * how.scale, k, g
 
 

@@ -44,6 +44,16 @@ def test_features_made_in_the_kernel(name):
         check(args, *limits, features=features, chunk=16, implementation="pallas_tpu")
 
 
+def test_features_of_the_zeros_behind_the_end_may_be_nan():
+    """Of unit length: those of zeros are NaN, which once reached all gradients."""
+    unit = lambda x: x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+    features = lambda q, k: (unit(q), unit(k), jax.nn.log_sigmoid(k) / 4)
+    spec = dataclasses.replace(SMALL["grouped"], length=20)
+    args = spec.draw(jax.random.key(1)) | {"log_decay": None}
+    with dispatch.interpret():
+        check(args, features=features, chunk=16, implementation="pallas_tpu")
+
+
 def test_what_the_kernel_cannot_do_runs_as_xla():
     args = dataclasses.replace(SMALL["linear"], length=4).draw(jax.random.key(0))
     with dispatch.target("tpu"):
