@@ -122,17 +122,17 @@ def _attend(how, *arrays):
     s, dtype = how.sizes, arrays[0].dtype
     q, k, v, k_before, v_before, *plain = how.inputs(lambda c: c, *arrays)
     # The steps of a head come in order: the last keys of one are those before the next.
-    kept = [tuple(n for n in spec.block_shape if n) for _, spec in (k_before, v_before)]
+    kept = [
+        pltpu.VMEM(tuple(n for n in spec.block_shape if n), x.dtype)
+        for x, spec in (k_before, v_before)
+    ]
     (out,) = near.call(
         partial(_forward_body, how, recurrence.operands(dtype)),
         how.near,
         "arbitrary",
         [q, k, v, *plain],
         [(how.near.outputs.shape, dtype, how.near.outputs.group(lambda *step: step))],
-        [
-            pltpu.VMEM((s.value_dim, s.dim), jnp.float32),
-            *(pltpu.VMEM(shape, dtype) for shape in kept),
-        ],
+        [pltpu.VMEM((s.value_dim, s.dim), jnp.float32), *kept],
         int(how.near.flops + s.flops),
     )
     return how.near.outputs.join(out)
