@@ -141,16 +141,22 @@ def missing(target: str) -> str | None:
 
 
 def _topology(goal: Target) -> Any:
+    # Plugins are loaded once, when jax starts: CUDA's then asks for cuDNN, which
+    # compiling does not need, and is gone without it.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
     if goal.platform == "tpu" and jax.default_backend() != "tpu":
         # Without these libtpu asks a metadata server, which is not there, about this machine.
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         # Its lock file is for a chip, which is not there either: several processes may compile.
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    if goal.platform == "cuda":
-        # The plugin else wants cuDNN, which compiling does not need, or is not loaded at all.
-        os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    return topologies.get_topology_desc(platform=goal.platform, **goal.topology)
+    try:
+        return topologies.get_topology_desc(platform=goal.platform, **goal.topology)
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"{error}: jax had started before its plugin could be loaded; start the process with "
+            "JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1"
+        ) from None
 
 
 def compile(f: Callable[..., Any], *args: Any, target: str, **kwargs: Any) -> Compiled:
@@ -163,7 +169,8 @@ def compile(f: Callable[..., Any], *args: Any, target: str, **kwargs: Any) -> Co
       **kwargs: static keyword arguments of ``f``.
 
     Raises:
-      ConfigError: unknown target, or its wheel is missing or for another jax.
+      ConfigError: unknown target, its wheel is missing or for another jax, or jax started without
+        it.
       jax.errors.JaxRuntimeError: the program does not fit the device.
     """
     reason = missing(target)

@@ -120,12 +120,12 @@ def cost(
         given = executable.cost_analysis() or {}
         flops, moved = given.get("flops", 0.0), given.get("bytes accessed", 0.0)
         temporary, kernels = executable.memory_analysis().temp_size_in_bytes, 0
-        declared = 0.0
+        declared = None
         peak = DEVICES[device]
     else:
         got = aot.compile(function, *args, target=name)
         flops, moved, temporary = got.flops, got.bytes, got.temporary
-        declared = got.kernel_bytes
+        declared = got.kernel_bytes / 1e6 if aot.TARGETS[name].platform == "cuda" else None
         kernels = sum("tpu_custom_call" in k or "mosaic_gpu" in k for k in got.kernels)
         peak = DEVICES[name]
     bound = peak.bound(work)
@@ -136,7 +136,7 @@ def cost(
         "kernels": kernels,
         "gflops": flops / 1e9,
         "mbytes": moved / 1e6,
-        "declared_mbytes": declared / 1e6,
+        "declared_mbytes": declared,
         "least_mbytes": work.bytes / 1e6,
         "temporary_mbytes": temporary / 1e6,
         "bound_us": 1e6 * bound,

@@ -1,5 +1,9 @@
 """Programs compiled for devices that this machine does not have."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -110,3 +114,19 @@ def test_a_gpu_kernel_counts_with_what_it_declares(aot_target):
     )
     assert (more.flops - plain.flops, more.bytes - plain.bytes) == (1e9, 1e10)
     assert (plain.kernel_bytes, more.kernel_bytes) == (0, 1e10)
+
+
+@pytest.mark.aot
+def test_every_target_in_one_process_that_asks_for_no_platform():
+    """As ``flora bench kernels`` does; there is no cuDNN, which CUDA's plugin asks for."""
+    targets = [name for name in aot.TARGETS if not aot.missing(name)]
+    code = (
+        "import jax; from flora_jax.kernels import aot;"
+        f"[aot.compile(lambda x: 2 * x, jax.ShapeDtypeStruct((8, 128), 'float32'), target=t)"
+        f" for t in {targets}]; print('compiled')"
+    )
+    unasked = {k: v for k, v in os.environ.items() if not k.startswith("JAX_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=unasked, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.endswith("compiled\n"), done.stderr[-2000:]
