@@ -78,13 +78,7 @@ def _forward(
     compute, count = inputs["x"].dtype, parts(w)
     per_group = cuts.group_steps(w, cut.k) if integer else 1
 
-    def sources(refs: Any, t: Any, at: Any) -> list[Any]:
-        j, i, split = at
-        stored, columns = (split * cut.steps + t) * cut.k, pl.ds(j * cut.n, cut.n)
-        rows = [cuts.weight_row(w, stored, part) for part in range(count)]
-        x = [refs["x"].at[pl.ds(i * cut.m, cut.m), pl.ds(row, cut.k)] for row in rows]
-        values = refs["values"].at[pl.ds(stored, cut.k), columns]
-        return [values, *x, *program.group_sources(w, refs, rows, columns)]
+    sources = functools.partial(program.down, w, cut)
 
     def read(refs: Any, out_ref: Any, out: Any, each: Any, at: Any, wg: Any) -> None:
         j, i, split = at

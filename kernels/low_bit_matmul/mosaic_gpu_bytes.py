@@ -10,6 +10,7 @@ number of rows of x on (cuts.py).
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flora_jax.kernels import dispatch, hopper
-from flora_jax.kernels.low_bit_matmul import cuts, program, tiles
+from flora_jax.kernels.low_bit_matmul import program, tiles
 from flora_jax.kernels.low_bit_matmul.blocks import parts
 from flora_jax.kernels.low_bit_matmul.cuts import Cut
 from flora_jax.kernels.low_bit_matmul.packing import LowBit
@@ -41,13 +42,7 @@ def product(
         rest = {name: value for name, value in inputs.items() if name != "scale"}
         inputs = rest | {"w_scale": inputs["scale"][0]}
 
-    def sources(refs: Any, t: Any, at: Any) -> list[Any]:
-        j, i, split = at
-        stored, columns = (split * cut.steps + t) * cut.k, pl.ds(j * cut.n, cut.n)
-        rows = [cuts.weight_row(w, stored, part) for part in range(count)]
-        x = [refs["x"].at[pl.ds(i * cut.m, cut.m), pl.ds(row, cut.k)] for row in rows]
-        values = refs["values"].at[pl.ds(stored, cut.k), columns]
-        return [values, *x, *program.group_sources(w, refs, rows, columns)]
+    sources = functools.partial(program.down, w, cut)
 
     def read(refs: Any, out_ref: Any, out: Any, each: Any, at: Any, wg: Any) -> None:
         j, i, split = at

@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from flora_jax.kernels import costs, hopper
-from flora_jax.kernels.low_bit_matmul import tiles
+from flora_jax.kernels.low_bit_matmul import cuts, tiles
+from flora_jax.kernels.low_bit_matmul.blocks import parts
 from flora_jax.kernels.low_bit_matmul.cuts import Cut
 from flora_jax.kernels.low_bit_matmul.packing import LowBit
 
@@ -98,6 +99,16 @@ def groups(w: LowBit) -> dict[str, Array]:
     """Scales and zero points ``[groups, N]``; 64 numbers of 8 bits are too few for a copy."""
     full = jnp.broadcast_to(w.scale, (w.groups, w.shape[-1]))
     return {"scale": full} | ({} if w.zero is None else {"zero": w.zero.astype(jnp.bfloat16)})
+
+
+def down(w: LowBit, cut: Cut, refs: Any, t: Any, at: Any) -> list[Any]:
+    """What step t of a sum over the rows of the weight copies: weights, x, and their groups."""
+    j, i, split = at
+    stored, columns = (split * cut.steps + t) * cut.k, pl.ds(j * cut.n, cut.n)
+    rows = [cuts.weight_row(w, stored, part) for part in range(parts(w))]
+    x = [refs["x"].at[pl.ds(i * cut.m, cut.m), pl.ds(row, cut.k)] for row in rows]
+    values = refs["values"].at[pl.ds(stored, cut.k), columns]
+    return [values, *x, *group_sources(w, refs, rows, columns)]
 
 
 def group_sources(w: LowBit, refs: Any, rows: Sequence[Any], columns: Any) -> list[Any]:
