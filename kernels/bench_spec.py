@@ -24,7 +24,7 @@ from flora_jax.kernels.costs import Work
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rival:
-    """What the op is measured against: another function, of its own arguments."""
+    """What the op is measured against: another function, of the case's first arguments or alike."""
 
     function: Callable[..., Any]
     args: tuple[Any, ...]
@@ -62,6 +62,10 @@ class Case:
         The forward pass is compiled in as far as the gradient needs it.
         """
         return gradient(self.function, self.wrt)(*args)
+
+    def rival_gradient(self, rival: Rival) -> Callable[..., Any]:
+        """A rival's gradients, by those of the arguments ``wrt`` that it has."""
+        return gradient(rival.function, tuple(at for at in self.wrt if at < len(rival.args)))
 
     def inputs(self, key: jax.Array) -> tuple[Any, ...]:
         """Arguments to measure with."""

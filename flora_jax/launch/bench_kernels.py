@@ -176,9 +176,7 @@ def sides(case: Case, direction: str, function: Callable[..., Any]) -> dict[str,
     runs = [" ".join(dispatch.chosen(None) or ("dispatched",)), *case.rivals]
     pairs = [(function, case.inputs)]
     for rival in case.rivals.values():
-        f = rival.function
-        if direction == "gradient":
-            f = bench_spec.gradient(f, case.wrt)
+        f = case.rival_gradient(rival) if direction == "gradient" else rival.function
         pairs.append((f, lambda key, args=rival.args: bench_spec.draw(args, key)))
     return {name: repeated(*pair) for name, pair in zip(runs, pairs)}
 

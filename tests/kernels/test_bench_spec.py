@@ -34,6 +34,9 @@ def test_every_case_evaluates_abstractly(op):
         assert bool(case.wrt) == (case.gradient_work is not None)
         if case.wrt:
             jax.eval_shape(case.gradient, *case.args)
+            for rival in case.rivals.values():
+                gradients = jax.eval_shape(case.rival_gradient(rival), *rival.args)
+                assert len(gradients) >= 1
 
 
 def test_unknown_ops_are_refused():
