@@ -96,11 +96,11 @@ def _forward(
                 codes = tiles.centred(codes, zero, unit, axis=0)
                 if placement == "weight":
                     codes = tiles.rescaled(codes, scale * unit, axis=0)
-                    total += _product(codes, x[part])
+                    total += program.product(codes, x[part])
                 elif integer:
-                    parted.append((_product(codes, x[part]) * unit, scale))
+                    parted.append((program.product(codes, x[part]) * unit, scale))
                 else:
-                    y = _product(codes, x[part])
+                    y = program.product(codes, x[part])
                     total += y * tiles.along(scale * unit, y.shape, 0)
             if integer and cuts.one_group(w):
                 (low, scale), (high, _) = parted
@@ -171,7 +171,7 @@ def dx(dy: Array, w: LowBit, *, dtype: Any, blocks: Blocks | None = None) -> Arr
                 scale, zero = program.load(groups[part], ALONG)
                 codes = tiles.centred(codes, zero, unit, axis=1)
                 codes = tiles.rescaled(codes, scale * unit, axis=1)
-                after.append(_product(codes, dy, totals[part]))
+                after.append(program.product(codes, dy, totals[part]))
             return tuple(after)
 
         totals = each(step, tuple(hopper.zeros(TILE, cut.m) for _ in range(count)))
@@ -206,20 +206,3 @@ def _codes(w: LowBit, packed: Array, dtype: Any) -> tuple[Array, ...]:
     if w.format == "int8":
         return (packed.astype(dtype),)
     return (tiles.as_float(packed, dtype),)
-
-
-def _product(codes: Array, x: Any, total: Array | None = None) -> Array:
-    """``total + codes x^T``; codes in registers, x ``[m, k]`` in shared memory."""
-    if dispatch.interpret_mode():
-        # jax's interpreter multiplies what is in shared memory only.
-        y = tiles.dot(codes, x[...], transpose=True)
-        return y if total is None else total + y
-    x = x.transpose((1, 0))
-    if total is not None:
-        return pl.run_state(lambda acc: plgpu.wgmma(acc, codes, x))(plgpu.ACC.init(total))
-
-    def fresh(acc: Any) -> Array:
-        plgpu.wgmma(acc, codes, x)
-        return acc[...]
-
-    return pl.run_scoped(fresh, plgpu.ACC((codes.shape[0], x.shape[1]), jnp.float32))

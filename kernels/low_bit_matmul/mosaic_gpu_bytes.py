@@ -18,7 +18,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flora_jax.kernels import dispatch, hopper
+from flora_jax.kernels import hopper
 from flora_jax.kernels.low_bit_matmul import program, tiles
 from flora_jax.kernels.low_bit_matmul.blocks import parts
 from flora_jax.kernels.low_bit_matmul.cuts import Cut
@@ -65,9 +65,9 @@ def product(
             plgpu.commit_smem()
             for part, unit in enumerate(units):
                 if exact:
-                    total = _product(stage[part], x[part], total)
+                    total = program.product(stage[part], x[part], total)
                     continue
-                y = _product(stage[part], x[part]).astype(jnp.float32)
+                y = program.product(stage[part], x[part]).astype(jnp.float32)
                 if alone:
                     total += y * unit
                 else:
@@ -98,20 +98,3 @@ def product(
     grid = (w.shape[-1] // cut.n, cut.rows, cut.splits)
     stage = (count * TILE, cut.k), compute, turns
     return program.run(w, inputs, out, cut, grid, cut.n // TILE, buffers, sources, read, stage)
-
-
-def _product(codes: Any, x: Any, total: Array | None = None) -> Array:
-    """``total + codes x^T``, both ``[., k]`` in shared memory: int32 of int8, else float32."""
-    if dispatch.interpret_mode():
-        y = tiles.dot(codes[...], x[...], transpose=True)
-        return y if total is None else total + y
-    x = x.transpose((1, 0))
-    if total is not None:
-        return pl.run_state(lambda acc: plgpu.wgmma(acc, codes, x))(plgpu.ACC.init(total))
-
-    def fresh(acc: Any) -> Array:
-        plgpu.wgmma(acc, codes, x)
-        return acc[...]
-
-    dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
-    return pl.run_scoped(fresh, plgpu.ACC((codes.shape[0], x.shape[1]), dtype))

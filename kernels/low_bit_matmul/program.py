@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from flora_jax.kernels import costs, hopper
+from flora_jax.kernels import costs, dispatch, hopper
 from flora_jax.kernels.low_bit_matmul import cuts, tiles
 from flora_jax.kernels.low_bit_matmul.blocks import parts
 from flora_jax.kernels.low_bit_matmul.cuts import Cut
@@ -144,6 +144,29 @@ def swizzled(columns: int, dtype: Any) -> tuple[Any, Any]:
     size = jnp.dtype(dtype).itemsize
     swizzle = min(128, columns * size)
     return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+
+
+def product(codes: Any, x: Any, total: Array | None = None) -> Array:
+    """``total + codes x^T``: int32 of int8, else float32.
+
+    Args:
+      codes: ``[., k]`` in registers, or in shared memory.
+      x: ``[m, k]`` in shared memory.
+    """
+    if dispatch.interpret_mode():
+        # jax's interpreter has no products in loops, and none of registers.
+        y = tiles.dot(codes[...], x[...], transpose=True)
+        return y if total is None else total + y
+    x = x.transpose((1, 0))
+    if total is not None:
+        return pl.run_state(lambda acc: plgpu.wgmma(acc, codes, x))(plgpu.ACC.init(total))
+
+    def fresh(acc: Any) -> Array:
+        plgpu.wgmma(acc, codes, x)
+        return acc[...]
+
+    dtype = jnp.int32 if x.dtype == jnp.int8 else jnp.float32
+    return pl.run_scoped(fresh, plgpu.ACC((codes.shape[0], x.shape[1]), dtype))
 
 
 def ends(refs: Any, rows: Any, columns: Any, shape: tuple[int, int]) -> list[Array | None]:

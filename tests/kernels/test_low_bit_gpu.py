@@ -1,6 +1,7 @@
 """The Hopper kernels of low_bit_matmul: jax's GPU interpreter, compiled for H100.
 
-The interpreter, which jax has since 0.12, runs everything but the matrix unit (see ``_product``).
+The interpreter, which jax has since 0.12, runs everything but the matrix unit
+(see ``program.product``).
 """
 
 import math
